@@ -1,0 +1,1 @@
+"""train on a stream"""

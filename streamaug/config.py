@@ -1,0 +1,365 @@
+"""The YAML's schema and its loading: one file describes data, model, bank, recipes, judge, stream and training.
+
+Everything downstream receives a validated `Config`; nothing else in the package parses YAML.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from streamaug.errors import ConfigError, nearest
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand_path(value: Any) -> Any:
+    """Replace ${NAME}, ${NAME:-default} and ~ in a path."""
+    if not isinstance(value, str):
+        return value
+
+    def substitute(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise ValueError(
+                f"the environment variable {name} is not set (set it, or write ${{{name}:-a default}})"
+            )
+        return found
+
+    return os.path.expanduser(_VARIABLE.sub(substitute, value))
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_expand_path)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Range = tuple[float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """The labelled real images: where they come from and how they become [C, H, W] uint8."""
+
+    source: Literal["digits", "folder"] = "digits"
+    root: ConfigPath | None = None  # source "folder": one folder of images per class
+    test_root: ConfigPath | None = None  # source "folder": held-out images, same class folders
+    image_size: Annotated[int, Field(ge=1)] = 8  # pixels a side, after `fit`
+    channels: Literal[1, 3] = 1
+    fit: Literal["crop", "letterbox", "stretch"] = "crop"
+    shots: Annotated[int, Field(ge=1)] | None = None  # labelled images per class; null uses all of them
+    holdout: Annotated[float, Field(ge=0.0)] = 500  # test images: a count, or a fraction when below 1
+    validation: Annotated[float, Field(ge=0.0)] = 297  # tuning images, likewise, taken from the rest
+    max_bad: Annotated[int, Field(ge=0)] = 10  # unreadable files tolerated before stopping
+
+    @model_validator(mode="after")
+    def _folder_has_root(self) -> "DataConfig":
+        if self.source == "folder" and self.root is None:
+            raise ValueError("source 'folder' needs root: a folder with one folder of images per class")
+        return self
+
+
+class ModelConfig(Section):
+    """The diffusion model: a diffusers folder, or null to train `prior` into the cache."""
+
+    path: ConfigPath | None = None
+    scheduler: Literal["keep", "ddim", "euler", "dpmsolver++"] = "keep"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    null_class: int | None = None  # the label that means "no class", for classifier-free guidance
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str = "auto"
+    channels_last: bool = True
+
+
+class PriorConfig(Section):
+    """A small UNet2DModel trained on the images without their labels when no model is given."""
+
+    channels: list[int] = [32, 64]  # width of each resolution level
+    steps: Annotated[int, Field(ge=1)] = 900
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    seed: int = 0
+
+
+class BankConfig(Section):
+    path: ConfigPath | None = None  # null keeps the bank in the cache, named by what it was made from
+    method: Literal["encode"] = "encode"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    shard_rows: Annotated[int, Field(ge=1)] = 4096
+
+
+class Recipe(Section):
+    """One way to vary a real image; a batch of orders uses one recipe, drawn by weight."""
+
+    kind: Literal["noise", "interpolate", "generate"]
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    depth: Range = (0.2, 0.5)  # share of the noise schedule that is run, in (0, 1]
+    mode: Literal["linear", "spherical"] = "linear"  # interpolate: how the two anchors combine
+    t: Range = (0.0, 0.5)  # interpolate: weight of the partner
+    guidance: Range = (1.0, 1.0)  # classifier-free guidance scale; 1 is off
+    classifier_guidance: Range = (0.0, 0.0)  # scale of the judge's gradient; 0 is off
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "Recipe":
+        bounds = {
+            "depth": (0.0, 1.0),
+            "t": (0.0, 1.0),
+            "guidance": (0.0, 100.0),
+            "classifier_guidance": (0.0, 1000.0),
+        }
+        for name, (low, high) in bounds.items():
+            lo, hi = getattr(self, name)
+            if not (low <= lo <= hi <= high):
+                raise ValueError(f"{name} is a range [low, high] within [{low:g}, {high:g}], got [{lo}, {hi}]")
+        if self.depth[1] <= 0:
+            raise ValueError("depth must reach above 0: at depth 0 nothing is generated")
+        return self
+
+
+class JudgeConfig(Section):
+    """The confidence filter: which classifier scores the images and what it lets through."""
+
+    enabled: bool = True
+    classifier: str = "small_cnn"
+    weights: ConfigPath | None = None  # safetensors; null fits the classifier on the labelled images
+    steps: Annotated[int, Field(ge=1)] = 300
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    rule: Literal["auto", "fixed", "calibrated"] = "auto"  # auto: fixed below 10 images a class
+    top_k: Annotated[int, Field(ge=1)] = 3
+    floor: Fraction = 0.2  # fixed rule: an unsure judge must give the label at least this
+    confident: Fraction = 0.8  # fixed rule: above this, disagreement is a rejection
+    quantile: Fraction = 0.05  # calibrated rule: share of real images the thresholds may reject
+    too_easy: Fraction | None = None  # reject when the label's probability exceeds this
+
+
+class StreamConfig(Section):
+    """How orders become images: batch shape, producers, memory, and what to do when starved."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64  # images per order batch, fixed for the whole run
+    in_flight: Annotated[int, Field(ge=1)] = 4  # order batches issued ahead; independent of producers
+    producers: Annotated[int, Field(ge=1)] = 1
+    backend: Literal["auto", "local", "process"] = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1  # CPU threads per producer
+    nice: Annotated[int, Field(ge=0, le=19)] = 0
+    memory: Literal["auto", "memfd", "shm", "file"] = "auto"
+    starved: Literal["wait", "reuse", "real"] = "wait"
+    max_reuse: Annotated[int, Field(ge=1)] = 4
+    in_order: bool = True
+    max_restarts: Annotated[int, Field(ge=0)] = 3  # consecutive deaths without progress
+    max_empty: Annotated[int, Field(ge=1)] = 20  # consecutive batches without an accepted image
+    start_timeout: Annotated[float, Field(gt=0)] = 180.0  # seconds until a producer must be ready
+    stall_timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds without progress before it is reported
+    hang_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds before a hung producer is replaced
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+
+
+class LoaderConfig(Section):
+    ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # synthetic share of the delivered batch
+    mode: Literal["replace", "append"] = "replace"
+    displaced: Literal["drop", "defer"] = "drop"
+
+
+class AugmentConfig(Section):
+    """Classical augmentation of the training batch, the same in every arm."""
+
+    rotation: Annotated[float, Field(ge=0)] = 10.0  # degrees, ±
+    shift: Fraction = 0.25  # share of the image side, ±
+    scale: Fraction = 0.1  # ±
+    flip: bool = False
+
+
+class TrainConfig(Section):
+    classifier: str = "small_cnn"
+    steps: Annotated[int, Field(ge=1)] = 500
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    label_smoothing: Fraction = 0.0
+    augment: AugmentConfig = AugmentConfig()
+    threads: Annotated[int, Field(ge=1)] = 1
+
+
+class ArmConfig(Section):
+    """What tuning may choose per arm; null keeps the value of `train`."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    label_smoothing: Fraction | None = None
+
+
+class DemoConfig(Section):
+    seeds: Annotated[int, Field(ge=1)] = 5
+    real_only: ArmConfig = ArmConfig()
+
+
+class Config(Section):
+    seed: int = 0
+    cache: ConfigPath = Field(default="${STREAMAUG_CACHE:-~/.cache/streamaug}", validate_default=True)  # type: ignore[assignment]
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    prior: PriorConfig | None = None
+    bank: BankConfig = BankConfig()
+    recipes: Annotated[list[Recipe], Field(min_length=1)] = [Recipe(kind="noise")]
+    judge: JudgeConfig = JudgeConfig()
+    stream: StreamConfig = StreamConfig()
+    loader: LoaderConfig = LoaderConfig()
+    train: TrainConfig = TrainConfig()
+    demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _has_generator(self) -> "Config":
+        if self.model.path is None and self.prior is None:
+            raise ValueError(
+                "no generator: set model.path to a diffusers folder, or add a prior: section to train a small one"
+            )
+        if not any(recipe.weight > 0 for recipe in self.recipes):
+            raise ValueError("every recipe has weight 0: give at least one a positive weight")
+        return self
+
+    def digest(self, *sections: str) -> str:
+        """Hash of the named sections: two configurations with equal digests agree in them."""
+        values = self.model_dump(mode="json", include=set(sections) or None)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+
+
+def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or the name of a bundled configuration ("digits"), into a `Config`.
+
+    `overrides` are "a.b=value" strings (the value is YAML; lists are indexed by number), applied after the file.
+    Raises ConfigError, whose message carries the file and the key's path, on anything that cannot be used.
+    """
+    text, where = _read(path)
+    return parse(text, where, overrides)
+
+
+def parse(text: str, where: str = "<string>", overrides: Sequence[str] = ()) -> Config:
+    """Like `load`, from the YAML text itself; `where` is how messages name it."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(
+            f"{where}: only plain YAML is accepted, no Python tags{_line(error)}: {error.problem}"
+        ) from None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{where}: not YAML{_line(error)}: {problem}") from None
+    if values is None:
+        raise ConfigError(f"{where}: the file is empty; `streamaug config show digits` prints a complete one")
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where}: expected sections (data:, model:, ...), found a {type(values).__name__}: {str(values)[:60]!r}"
+        )
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_describe(item)}" for item in error.errors())) from None
+
+
+def bundled() -> list[str]:
+    """Names of the configurations that travel with the package."""
+    folder = importlib.resources.files("streamaug.configs")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def _read(path: str | os.PathLike) -> tuple[str, str]:
+    file = Path(path)
+    try:
+        if not file.exists() and str(path) in bundled():
+            return (importlib.resources.files("streamaug.configs") / f"{path}.yaml").read_text(), str(path)
+        return file.read_text(encoding="utf-8"), str(path)
+    except FileNotFoundError:
+        siblings = [item.name for item in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        hint = nearest(file.name, siblings) or f"; bundled configurations: {', '.join(bundled())}"
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder, expected a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file, expected YAML") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1})" if mark else ""
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected key=value, such as loader.ratio=0.25")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from None
+    *parents, last = key.strip().split(".")
+    node: Any = values
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+        else:
+            if not isinstance(node.get(part), dict | list):
+                node[part] = {}
+            node = node[part]
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list, part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"--set {override}: {part!r} is no index of a list with {len(items)} entries")
+    return int(part)
+
+
+def _describe(item: Any) -> str:
+    """One validation error as 'key.path: what is wrong (what would work)'."""
+    location = [part for part in item["loc"] if part not in _UNION_TAGS]
+    key = ".".join(str(part) for part in location)
+    given = item.get("input")
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        return f"unknown key '{key}'{nearest(str(location[-1]), known)}; accepted here: {', '.join(sorted(known))}"
+    if item["type"] in ("value_error", "assertion_error"):
+        message = str(item["ctx"]["error"])
+        return f"{key}: {message}" if key else message
+    if item["type"] == "missing":
+        return f"{key}: missing"
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {given!r}"
+
+
+_UNION_TAGS = {"function-before[_expand_path(), path]", "constrained-int", "constrained-float"}
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    """The keys the schema accepts at a location."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation) if get_origin(annotation) else ():
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None
