@@ -1,1 +1,55 @@
-"""train on a stream"""
+"""Train image classifiers on an endless stream of fresh synthetic images, with one changed line.
+
+    import streamaug as sa
+
+    stream = sa.Stream.from_config("digits")
+    loader = sa.StreamLoader(real_loader, stream, ratio=0.5)
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamaug.bank import LatentBank as LatentBank
+    from streamaug.config import Config as Config
+    from streamaug.config import load as load
+    from streamaug.data import ImageSet as ImageSet
+    from streamaug.errors import StreamaugError as StreamaugError
+    from streamaug.loader import StreamLoader as StreamLoader
+    from streamaug.orders import OrderBatch as OrderBatch
+    from streamaug.orders import Planner as Planner
+    from streamaug.prepare import prepare as prepare
+    from streamaug.sampling.sampler import Sampler as Sampler
+    from streamaug.stream import Stream as Stream
+
+try:
+    __version__ = version("streamaug")
+except PackageNotFoundError:  # imported from a checkout that was never installed
+    __version__ = "0.0.0"
+
+# Imported when first used: a producer, the command line's --help and a spawned worker need few of them.
+_PUBLIC = {
+    "Config": "streamaug.config",
+    "ImageSet": "streamaug.data",
+    "LatentBank": "streamaug.bank",
+    "OrderBatch": "streamaug.orders",
+    "Planner": "streamaug.orders",
+    "Sampler": "streamaug.sampling.sampler",
+    "Stream": "streamaug.stream",
+    "StreamLoader": "streamaug.loader",
+    "StreamaugError": "streamaug.errors",
+    "load": "streamaug.config",
+    "prepare": "streamaug.prepare",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'streamaug' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

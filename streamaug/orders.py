@@ -202,3 +202,7 @@ def _systematic(rng: np.random.Generator, weights: np.ndarray, size: int) -> np.
     points = (rng.random() + np.arange(size)) / size * total
     chosen = np.searchsorted(np.cumsum(weights), points, side="right")
     return np.minimum(chosen, np.flatnonzero(weights)[-1]).astype(np.int64)
+
+
+# What can become of an ordered image; the index is the code a producer writes beside it.
+REASONS = ("accepted", "non_finite", "no_contrast", "confidently_wrong", "unlikely_label", "too_easy")

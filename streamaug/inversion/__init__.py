@@ -1,0 +1,1 @@
+"""Inversion: real images to bank rows, one module a method."""

@@ -1,0 +1,286 @@
+"""One solver step of a whole batch in one pass: guidance, update, history, noise and the next network input.
+
+    e  = u + guidance·(c - u)                  when guided, else the network's output
+    m0 = clamp(a·x + s·e, ±clip)
+    x' = cx·x + ce·e + c0·m0 + c1·m1 + c2·m2 + cn·ξ
+    network input = in_next·x'
+
+m1 and m2 are the m0 of one and two evaluations ago. The coefficients come from a table on the device, indexed
+by a counter on the device, so that one captured CUDA graph replays every step.
+"""
+
+from enum import IntEnum
+
+import torch
+
+from streamaug.errors import UsageError
+from streamaug.kernels._backend import Backend, on_device, tile, tl, triton, use_triton
+from streamaug.kernels.philox import _normal4, check_ids, normal, pack_counter, signed64
+
+HISTORY = 3  # slots of the history ring: m0, m1, m2
+
+
+class Column(IntEnum):
+    """Columns of the coefficient table [evaluations, B, len(Column)]."""
+
+    A = 0
+    S = 1
+    CX = 2
+    CE = 3
+    C0 = 4
+    C1 = 5
+    C2 = 6
+    CN = 7
+    IN_NEXT = 8
+    GUIDANCE = 9
+
+
+def used_columns(coef: torch.Tensor) -> frozenset[Column]:
+    """The columns that are not 0 everywhere; reads the table, so call it once, where the table is built."""
+    used = (coef != 0).flatten(0, -2).any(0).tolist()
+    return frozenset(column for column in Column if used[column])
+
+
+def step(
+    x: torch.Tensor,
+    model_out: torch.Tensor,
+    coef: torch.Tensor,
+    index: torch.Tensor,
+    history: torch.Tensor,
+    net_in: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    seed: int,
+    stream: int = 1,
+    guided: bool,
+    clip: float | None,
+    noisy: bool,
+    columns: frozenset[Column] | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """Advance x by one evaluation, in place; also writes m0 into `history` and the next input into `net_in`.
+
+    x: fp32 [B, *shape], contiguous.
+    model_out: any float dtype, [B, *shape], or [2B, *shape] when guided, the unconditional half first.
+    coef: fp32 [E, B, len(Column)].
+    index: int64 [1], the evaluation now, 0..E-1, at most 65535; not advanced.
+    history: fp32 [3, B, *shape], contiguous. m0 goes to slot index mod 3; where C1 or C2 is 0 its slot is not read.
+    net_in: any float dtype, [B, *shape] or [2B, *shape] (gets the input twice), contiguous or channels_last.
+    ids: int64 [B]; ξ is the normal of (seed, stream, step index, id), drawn only when `noisy`.
+    clip: bound of m0, or None.
+    columns: `used_columns(coef)`, which lets the reference skip the others; m0 is then written only if one of C0,
+        C1, C2 is used. Triton decides image by image.
+    The Triton kernel does not synchronise the device. Raises UsageError.
+    """
+    batch, size = x.shape[0], x.shape[1:].numel()
+    _check(x, model_out, coef, index, history, net_in, ids, guided)
+    counter_word = pack_counter(stream, 0)
+    if not use_triton(backend, x):
+        _reference(
+            x, model_out, coef, index, history, net_in, ids, seed, stream, guided, clip, noisy, columns
+        )
+        return
+    if _strides(model_out) is None:
+        model_out = model_out.contiguous()
+    out_strides, in_strides = _strides(model_out), _strides(net_in)
+    if in_strides is None:
+        raise UsageError("net_in: expected a contiguous or channels_last tensor")
+    block = tile(size)
+    with on_device(x):
+        _step_kernel[(batch, triton.cdiv(size, block))](
+            x,
+            model_out,
+            coef,
+            index,
+            history,
+            net_in,
+            ids,
+            signed64(seed),
+            counter_word,
+            0.0 if clip is None else clip,
+            batch,
+            size,
+            x.shape[2:].numel(),
+            *out_strides,
+            *in_strides,
+            GUIDED=guided,
+            TWICE=net_in.shape[0] == 2 * batch,
+            CLIP=clip is not None,
+            NOISY=noisy,
+            BLOCK=block,
+        )
+
+
+def _check(
+    x: torch.Tensor,
+    model_out: torch.Tensor,
+    coef: torch.Tensor,
+    index: torch.Tensor,
+    history: torch.Tensor,
+    net_in: torch.Tensor,
+    ids: torch.Tensor,
+    guided: bool,
+) -> None:
+    shape = x.shape
+    batch, image = shape[0], shape[1:]
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise UsageError(f"x: expected contiguous fp32 [B, ...], got {x.dtype} {list(shape)}")
+    if model_out.shape != (batch * (2 if guided else 1), *image):
+        raise UsageError(
+            f"model_out: expected {[batch * (2 if guided else 1), *image]} for x {list(shape)} "
+            f"{'with' if guided else 'without'} guidance, got {list(model_out.shape)}"
+        )
+    if net_in.shape[1:] != image or net_in.shape[0] not in (batch, 2 * batch):
+        raise UsageError(
+            f"net_in: expected [{batch} or {2 * batch}, *{list(image)}], got {list(net_in.shape)}"
+        )
+    if history.shape != (HISTORY, *shape) or history.dtype != torch.float32 or not history.is_contiguous():
+        raise UsageError(
+            f"history: expected contiguous fp32 {[HISTORY, *shape]}, "
+            f"got {history.dtype} {list(history.shape)}"
+        )
+    if coef.dtype != torch.float32 or coef.shape[1:] != (batch, len(Column)) or not coef.is_contiguous():
+        raise UsageError(
+            f"coef: expected contiguous fp32 [E, {batch}, {len(Column)}], got {coef.dtype} {list(coef.shape)}"
+        )
+    if index.dtype != torch.int64 or index.shape != (1,):
+        raise UsageError(f"index: expected int64 [1], got {index.dtype} {list(index.shape)}")
+    check_ids(ids, batch)
+
+
+def _strides(images: torch.Tensor) -> tuple[int, int] | None:
+    """Elements from one channel to the next and from one pixel to the next; None for any other layout."""
+    if images.is_contiguous():
+        return images.shape[2:].numel(), 1
+    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
+        return 1, images.shape[1]
+    return None
+
+
+def _reference(
+    x: torch.Tensor,
+    model_out: torch.Tensor,
+    coef: torch.Tensor,
+    index: torch.Tensor,
+    history: torch.Tensor,
+    net_in: torch.Tensor,
+    ids: torch.Tensor,
+    seed: int,
+    stream: int,
+    guided: bool,
+    clip: float | None,
+    noisy: bool,
+    columns: frozenset[Column] | None,
+) -> None:
+    batch = x.shape[0]
+    evaluation = int(index)
+    now = coef[evaluation]
+    used = used_columns(now) if columns is None else columns
+    a, s, cx, ce, c0, c1, c2, cn, in_next, guidance = now.view(batch, -1, *(1,) * (x.dim() - 1)).unbind(1)
+
+    model_out = model_out.float()
+    e = torch.lerp(model_out[:batch], model_out[batch:], guidance) if guided else model_out
+    m0, m1, m2 = (history[(evaluation - age) % HISTORY] for age in range(HISTORY))
+    if not used.isdisjoint((Column.C0, Column.C1, Column.C2)):
+        torch.mul(x, a, out=m0).addcmul_(e, s)
+        if clip is not None:
+            m0.clamp_(-clip, clip)
+    x.mul_(cx)
+    if Column.CE in used:
+        x.addcmul_(e, ce)
+    if Column.C0 in used:
+        x.addcmul_(m0, c0)
+    if Column.C1 in used:
+        _add_live(x, m1, c1)
+    if Column.C2 in used:
+        _add_live(x, m2, c2)
+    if noisy and Column.CN in used and cn.any():
+        noise = normal(ids, x.shape[1:], seed=seed, stream=stream, step=evaluation, backend="torch")
+        x.addcmul_(noise, cn)
+    torch.mul(x, in_next, out=net_in[:batch])
+    if net_in.shape[0] == 2 * batch:
+        net_in[batch:].copy_(net_in[:batch])
+
+
+def _add_live(x: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> None:
+    """x += weight·values, without reading the values of images whose weight is 0."""
+    live = int(weight.count_nonzero())
+    if live == len(weight):
+        x.addcmul_(values, weight)
+    elif live:
+        x.addcmul_(values.masked_fill(weight == 0, 0), weight)
+
+
+@triton.jit(do_not_specialize=["seed", "counter_word"])
+def _step_kernel(
+    x,
+    model_out,
+    coef,
+    index,
+    history,
+    net_in,
+    ids,
+    seed: tl.int64,
+    counter_word: tl.int64,
+    clip: tl.float32,
+    batch,
+    size,
+    pixels,
+    out_channel_stride,
+    out_pixel_stride,
+    in_channel_stride,
+    in_pixel_stride,
+    GUIDED: tl.constexpr,
+    TWICE: tl.constexpr,
+    CLIP: tl.constexpr,
+    NOISY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Offsets are int64: history holds 3·B images.
+    image = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    elements = chunk * BLOCK + tl.arange(0, BLOCK)
+    inside = elements < size
+    channel = elements // pixels
+    pixel = elements % pixels
+
+    evaluation = tl.load(index)
+    row = coef + (evaluation * batch + image) * 10  # the columns are those of `Column`
+    a = tl.load(row)
+    s = tl.load(row + 1)
+    cx = tl.load(row + 2)
+    ce = tl.load(row + 3)
+    c0 = tl.load(row + 4)
+    c1 = tl.load(row + 5)
+    c2 = tl.load(row + 6)
+    cn = tl.load(row + 7)
+    in_next = tl.load(row + 8)
+
+    here = image * size + elements
+    from_model = model_out + image * size + channel * out_channel_stride + pixel * out_pixel_stride
+    old = tl.load(x + here, mask=inside, other=0.0)
+    e = tl.load(from_model, mask=inside, other=0.0).to(tl.float32)
+    if GUIDED:
+        offset = (image * 0 + batch) * size
+        conditional = tl.load(from_model + offset, mask=inside, other=0.0).to(tl.float32)
+        e += tl.load(row + 9) * (conditional - e)
+
+    m0 = a * old + s * e
+    if CLIP:
+        # A NaN must stay one: `emit` rejects the image by it.
+        m0 = tl.maximum(m0, -clip, propagate_nan=tl.PropagateNan.ALL)
+        m0 = tl.minimum(m0, clip, propagate_nan=tl.PropagateNan.ALL)
+    slot = batch * (image * 0 + size)
+    m1 = tl.load(history + (evaluation + 2) % 3 * slot + here, mask=inside & (c1 != 0.0), other=0.0)
+    m2 = tl.load(history + (evaluation + 1) % 3 * slot + here, mask=inside & (c2 != 0.0), other=0.0)
+    new = cx * old + ce * e + c0 * m0 + c1 * m1 + c2 * m2
+    if NOISY and cn != 0.0:
+        blocks = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        new += cn * _normal4(seed, blocks, counter_word | evaluation, tl.load(ids + image))
+
+    tl.store(history + evaluation % 3 * slot + here, m0, mask=inside)
+    tl.store(x + here, new, mask=inside)
+    to_net = net_in + image * size + channel * in_channel_stride + pixel * in_pixel_stride
+    tl.store(to_net, in_next * new, mask=inside)
+    if TWICE:
+        tl.store(to_net + (image * 0 + batch) * size, in_next * new, mask=inside)

@@ -1,0 +1,258 @@
+"""The command line, `streamaug VERB CONFIG`: each verb reads the configuration and calls one function.
+
+Exit codes: 0 done, 1 something failed, 2 what was given cannot be used, 130 interrupted, 143 terminated.
+"""
+
+import errno
+import json
+import logging
+import signal
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from streamaug.errors import StreamaugError, UsageError
+
+if TYPE_CHECKING:
+    from streamaug.config import Config
+
+
+class _Verbs(TyperGroup):
+    """Ends every verb with one message on stderr and the exit code that belongs to it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StreamaugError as error:
+            _stop(ctx, f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _stop(ctx, "interrupted", 128 + signal.SIGINT)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _stop(ctx, f"error: {where}{error.strerror}", 1)
+
+
+def _stop(ctx: Any, message: str, code: int) -> NoReturn:
+    if ctx.params.get("debug"):
+        traceback.print_exc()
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    name="streamaug",
+    help="Train an image classifier on its real images and on new ones made from them while it trains.",
+    epilog="Start with: streamaug demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a bundled configuration.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: loader.ratio=0.25. Repeatable."),
+]
+
+
+def main() -> None:
+    """The console script."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _leave)
+    app()
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    """Leave by way of every `finally`, so that producers and memory are cleaned up."""
+    raise SystemExit(128 + number)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"streamaug {version('streamaug')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", envvar="STREAMAUG_DEBUG", help="Show tracebacks and the log in detail."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
+) -> None:
+    log = logging.getLogger("streamaug")
+    log.handlers = [_LogLines()]
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False
+
+
+class _LogLines(logging.Handler):
+    """Writes to whatever stderr is at that moment, so that a live view can put lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+@app.command(epilog="Example: streamaug demo --shots 1 --seeds 3 --out one-shot")
+def demo(
+    config: ConfigArgument = "digits",
+    shots: Annotated[int | None, typer.Option(min=1, help="Labelled images per class.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many times everything is repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The seed the repetitions derive from.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("demo-out"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train the generator again.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="20 seeds and a real-only arm of equal wall time; no time limit.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Everything tiny: does it run? Under a minute.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Train a classifier without and with the stream, and report the difference."""
+    if full and smoke:
+        raise UsageError("--full and --smoke exclude each other: give one of them")
+    options = {"data.shots": shots, "demo.seeds": seeds, "seed": seed}
+    settings = _load(config, overrides, options)
+    _need_folder(out)
+    from streamaug.demo.pictures import require_matplotlib
+
+    require_matplotlib()
+    from streamaug.demo.run import run_demo
+    from streamaug.demo.view import make_view
+
+    with make_view() as view:
+        report = run_demo(settings, out=out, fresh=fresh, full=full, smoke=smoke, view=view)
+    typer.echo(report["verdict"])
+    typer.echo(f"Report: {out / 'report.html'}")
+
+
+@app.command(epilog="Example: streamaug train digits --out runs/half --set loader.ratio=0.5")
+def train(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="Folder for report.json.")],
+    real_only: Annotated[bool, typer.Option("--real-only", help="Train without the stream.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Train one classifier on real images and the stream."""
+    settings = _load(config, overrides)
+    _need_folder(out)
+    from streamaug.demo.view import make_view
+    from streamaug.experiment import train_run
+
+    with make_view() as view:
+        report = train_run(settings, out=out, view=view, real_only=real_only)
+    typer.echo(f"Held-out accuracy: {report['accuracy']:.1%}")
+    typer.echo(f"Report: {out / 'report.json'}")
+
+
+@app.command(epilog="Example: streamaug invert digits --out digits-bank --set data.shots=5")
+def invert(
+    config: ConfigArgument,
+    out: Annotated[Path | None, typer.Option(help="Folder for the bank; default: bank.path.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Invert the real images into a latent bank. Interrupted, it goes on where it stopped."""
+    settings = _load(config, overrides, {"bank.path": str(out) if out else None})
+    from streamaug.demo.view import make_view
+    from streamaug.prepare import prepare
+
+    with make_view() as view:
+        prepared = prepare(settings, progress=view)
+    typer.echo(f"Bank: {prepared.bank.path} ({prepared.bank.num_rows} images)")
+
+
+@app.command(epilog="Example: streamaug preview digits --out preview.png --count 32")
+def preview(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
+    count: Annotated[int, typer.Option(min=1, max=1024, help="How many images to show.")] = 32,
+    overrides: SetOption = None,
+) -> None:
+    """Draw what the stream would deliver: each image with its class, its depth and the judge's score."""
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: expected a file name that ends in .png")
+    settings = _load(config, overrides)
+    _need_folder(out.parent)
+    from streamaug.demo.pictures import preview_png
+    from streamaug.demo.view import make_view
+    from streamaug.prepare import prepare
+    from streamaug.stream import Stream
+
+    with make_view() as view:
+        prepared = prepare(settings, progress=view)
+        view.phase("making images", total=count)
+        with Stream.from_prepared(prepared) as stream:
+            batch = stream.take(count)
+        steps = prepared.planner.schedule.steps
+        judged = prepared.judge is not None
+        preview_png(batch, out, class_names=prepared.class_names, steps=steps, judged=judged)
+    typer.echo(f"Picture: {out} ({len(batch.labels)} images)")
+
+
+@app.command(epilog="Example: streamaug doctor digits --set stream.batch_size=256")
+def doctor(config: ConfigArgument = "digits", overrides: SetOption = None) -> None:
+    """Check this machine against a configuration and say what to do about what is wrong."""
+    settings = _load(config, overrides)
+    from streamaug.doctor import examine, print_checks
+
+    checks = examine(settings)
+    print_checks(checks)
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+@config_app.command("show", epilog="Example: streamaug config show digits --set loader.ratio=0.25")
+def config_show(config: ConfigArgument = "digits", overrides: SetOption = None) -> None:
+    """Print the complete configuration: the file, the defaults and the overrides put together."""
+    typer.echo(_load(config, overrides).to_yaml(), nl=False)
+
+
+@config_app.command("list", epilog="Example: streamaug config list")
+def config_list() -> None:
+    """List the configurations that come with the package."""
+    from streamaug.config import bundled
+
+    for name in bundled():
+        typer.echo(name)
+
+
+def _load(config: str, overrides: list[str] | None, options: Mapping[str, object] | None = None) -> "Config":
+    """The configuration with --set first and then the verb's own options, where they were given."""
+    from streamaug.config import load
+
+    given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
+    return load(config, [*(overrides or []), *given])
+
+
+def _need_folder(folder: Path) -> None:
+    """Create the folder, or say now rather than after the run that it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder}: a file, expected a folder; choose another --out") from None
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None

@@ -1,0 +1,127 @@
+"""The engine a producer runs: an order batch becomes judged images in a ring slot.
+
+perturb ▸ sample ▸ decode ▸ judge ▸ emit, each timed. It holds no state between batches besides weights, so a batch
+is a function of its orders.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamaug.bank import LatentBank
+from streamaug.config import Config
+from streamaug.filtering.calibration import build_judge
+from streamaug.filtering.judge import Judge, score_unjudged, unpack_state
+from streamaug.kernels.emit import emit
+from streamaug.orders import OrderBatch
+from streamaug.sampling.denoisers import UNet2D, inspect, load_scheduler
+from streamaug.sampling.latents import start_latents
+from streamaug.sampling.sampler import Sampler
+from streamaug.sampling.solver import make_scheduler
+
+STAGES = ("perturb", "sample", "decode", "judge", "emit")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Engine:
+    """Executes order batches with one model, one bank and one judge."""
+
+    def __init__(self, bank: LatentBank, sampler: Sampler, judge: Judge | None, *, seed: int, kernels: str):
+        self.bank, self.sampler, self.judge = bank, sampler, judge
+        self.seed, self.kernels = seed, kernels
+        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        self.device = sampler.denoiser.device
+        channels, height, width = bank.image_shape
+        self.image_shape = (channels, height, width)
+
+    def load_judge(self, version: int, state: np.ndarray) -> None:
+        """Use these judge weights (`filtering.judge.pack_state`'s bytes) from now on."""
+        assert self.judge is not None, "weights published for a stream without a judge"
+        unpack_state(self.judge, state)
+
+    @torch.no_grad()
+    def make(self, order: OrderBatch, slot: Any) -> int:
+        """Fill the slot with the order's accepted images, first to last; returns how many."""
+        images, scores, reasons = self._judged(order, slot.beat)
+        slot.beat()
+        with self._timed("emit"):
+            return self._emit(order, images, scores, reasons, slot)
+
+    @torch.no_grad()
+    def look(self, order: OrderBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All of an order's images, rejected ones too: uint8 [B, C, H, W], scores fp32 [B], reasons uint8 [B]."""
+        images, scores, reasons = self._judged(order)
+        pixels = ((images.float().nan_to_num() + 1) * 127.5).round().clamp(0, 255).byte()
+        return pixels.cpu().numpy(), scores.cpu().numpy(), reasons.cpu().numpy()
+
+    def _judged(
+        self, order: OrderBatch, beat: Callable[[], None] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with self._timed("perturb"):
+            latents = start_latents(
+                self.bank, order, self.image_shape, seed=self.seed, device=self.device, kernels=self.kernels
+            )
+        with self._timed("sample"):
+            latents = self.sampler.sample(latents, order, on_evaluation=beat)
+        with self._timed("decode"):
+            images = self.sampler.denoiser.decode(latents)
+        with self._timed("judge"):
+            labels = torch.from_numpy(order.images["label"].copy()).to(self.device)
+            scores, reasons = self.judge.score(images, labels) if self.judge is not None else score_unjudged(images)
+        return images, scores, reasons
+
+    def _emit(
+        self, order: OrderBatch, images: torch.Tensor, scores: torch.Tensor, reasons: torch.Tensor, slot: Any
+    ) -> int:
+        shared = torch.from_numpy(slot.images)
+        out = shared if self.device.type == "cpu" else torch.empty_like(shared, device=self.device)
+        source, count = emit(images, reasons == 0, out, backend=self.kernels)
+        accepted = int(count)
+        if out is not shared:
+            shared[:accepted].copy_(out[:accepted])
+        at = source[:accepted].cpu().numpy()
+        slot.reasons[:] = reasons.cpu().numpy()
+        slot.source[:accepted] = at
+        slot.ids[:accepted] = order.images["id"][at]
+        slot.labels[:accepted] = order.images["label"][at]
+        slot.scores[:accepted] = scores.cpu().numpy()[at]
+        return accepted
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.stage_seconds[stage] += time.perf_counter() - began
+
+
+def build(options: dict[str, Any]) -> Engine:
+    """The engine of a prepared configuration; `options` is plain data (`prepare.engine_options`)."""
+    config = Config.model_validate(options["config"])
+    device = resolve_device(config.model.device)
+    dtype = _DTYPES.get(config.model.dtype) or (torch.float16 if device.type == "cuda" else torch.float32)
+    info = inspect(Path(options["model"]))
+    denoiser = UNet2D.load(
+        info,
+        null_class=config.model.null_class,
+        device=device,
+        dtype=dtype,
+        channels_last=config.model.channels_last,
+    )
+    judge = None
+    if config.judge.enabled:
+        judge = build_judge(config, options["num_classes"]).to(device).requires_grad_(False)
+    scheduler = make_scheduler(load_scheduler(info.path), config.model.scheduler)
+    seed, kernels = config.seed, config.stream.kernels
+    sampler = Sampler(denoiser, scheduler, config.model.steps, seed=seed, kernels=kernels, classifier=judge)
+    return Engine(LatentBank.open(Path(options["bank"])), sampler, judge, seed=seed, kernels=kernels)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

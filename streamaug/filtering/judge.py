@@ -1,0 +1,94 @@
+"""The judge: scores each generated image inside the producer and decides whether it is delivered.
+
+An image passes when the judge agrees with its label, or is unsure and still finds the label likely; a confident
+disagreement, a non-finite image and a flat one never pass.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from streamaug.config import JudgeConfig
+from streamaug.kernels.emit import finite
+from streamaug.orders import REASONS
+
+_CODE = {reason: code for code, reason in enumerate(REASONS)}
+_FLAT = 2 / 255  # standard deviation below which an image in [-1, 1] has no contrast
+
+
+class Judge(nn.Module):
+    """A classifier of images in [0, 1] with per-class thresholds.
+
+    floor: fp32 [C], the least probability an unsure judge must give the label; confident: fp32 [C], indexed by the
+    class the judge prefers: above it, disagreement is a rejection. Both are buffers, so they travel with the weights.
+    """
+
+    floor: torch.Tensor
+    confident: torch.Tensor
+
+    def __init__(self, classifier: nn.Module, num_classes: int, config: JudgeConfig):
+        super().__init__()
+        self.classifier = classifier
+        self.top_k = min(config.top_k, num_classes)
+        self.too_easy = config.too_easy
+        self.register_buffer("floor", torch.full((num_classes,), config.floor))
+        self.register_buffer("confident", torch.full((num_classes,), config.confident))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] for images [B, C, H, W] in [-1, 1]."""
+        return self.classifier((images + 1) / 2)
+
+    @torch.no_grad()
+    def score(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probability of the label, fp32 [B] (0 where not finite), and the index into REASONS, uint8 [B]."""
+        is_finite = finite(images)
+        safe = torch.where(is_finite.view(-1, 1, 1, 1), images, 0.0).float()
+        probability = torch.softmax(self(safe.clamp(-1, 1)).float(), dim=1)
+        score = probability.gather(1, labels[:, None])[:, 0]
+        top, preferred = probability.max(dim=1)
+        agrees = preferred == labels
+        rank = (probability > score[:, None]).sum(1)
+
+        reasons = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
+        unlikely = ~agrees & ((score < self.floor[labels]) | (rank >= self.top_k))
+        reasons[unlikely] = _CODE["unlikely_label"]
+        reasons[~agrees & (top >= self.confident[preferred])] = _CODE["confidently_wrong"]
+        if self.too_easy is not None:
+            reasons[agrees & (score > self.too_easy)] = _CODE["too_easy"]
+        reasons[flat(safe)] = _CODE["no_contrast"]
+        reasons[~is_finite] = _CODE["non_finite"]
+        return score * is_finite, reasons
+
+
+@torch.no_grad()
+def score_unjudged(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What holds without a judge: finite images with contrast pass, with score 1."""
+    is_finite = finite(images)
+    reasons = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
+    reasons[flat(torch.where(is_finite.view(-1, 1, 1, 1), images, 0.0))] = _CODE["no_contrast"]
+    reasons[~is_finite] = _CODE["non_finite"]
+    return is_finite.float(), reasons
+
+
+def flat(images: torch.Tensor) -> torch.Tensor:
+    """Which of finite images [B, C, H, W] in [-1, 1] have no contrast, bool [B]."""
+    return images.float().clamp(-1, 1).flatten(1).std(dim=1) < _FLAT
+
+
+def pack_state(module: nn.Module) -> np.ndarray:
+    """A module's parameters and buffers as one uint8 array, in state_dict order."""
+    parts = [value.detach().cpu().contiguous().numpy().tobytes() for value in module.state_dict().values()]
+    return np.frombuffer(b"".join(parts), dtype=np.uint8).copy()
+
+
+@torch.no_grad()
+def unpack_state(module: nn.Module, packed: np.ndarray) -> None:
+    """Fill a module of the same architecture from `pack_state`'s array."""
+    at = 0
+    for value in module.state_dict().values():
+        size = value.numel() * value.element_size()
+        source = torch.frombuffer(bytearray(packed[at : at + size].tobytes()), dtype=value.dtype)
+        value.copy_(source.view(value.shape))
+        at += size
+    if at != len(packed):
+        raise ValueError(f"the packed state holds {len(packed)} bytes, the module needs {at}")

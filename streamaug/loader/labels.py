@@ -1,0 +1,109 @@
+"""Labels of synthetic images in the real batch's form, and the agreement of class names on both sides."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from streamaug.errors import MismatchError
+
+if TYPE_CHECKING:
+    from streamaug.stream.stream import SynthBatch
+
+logger = logging.getLogger("streamaug")
+
+
+class Labels:
+    """Writes the stream's labels as the real loader writes its own: int [n], one-hot or soft float [n, classes].
+
+    `stream_classes` and `real_classes` are the class names in label order, or None where unknown. The same names in
+    another order are mapped by name (said once in the log); different names raise MismatchError.
+    """
+
+    def __init__(self, stream_classes: Sequence[str] | None, real_classes: Sequence[str] | None):
+        self.classes = len(stream_classes) if stream_classes is not None else None
+        self.mapping: np.ndarray | None = None  # int64 [classes]: the stream's label -> the real loader's
+        if stream_classes is None or real_classes is None or list(stream_classes) == list(real_classes):
+            return
+        if sorted(stream_classes) != sorted(real_classes):
+            raise MismatchError(
+                "the class names of the real dataset and of the stream differ:\n"
+                f"  real:   {len(real_classes)} classes: {_listed(real_classes)}\n"
+                f"  stream: {len(stream_classes)} classes: {_listed(stream_classes)}\n"
+                "if they are the same classes under other names, say which by StreamLoader(..., classes=[the stream's "
+                "names in the order of the real labels])"
+            )
+        position = {name: label for label, name in enumerate(real_classes)}
+        self.mapping = np.array([position[name] for name in stream_classes], dtype=np.int64)
+        logger.info("the stream orders its classes differently from the dataset: labels are mapped by name")
+
+    def check(self, real: torch.Tensor) -> None:
+        """Raise MismatchError when the real labels cannot belong to the stream's classes."""
+        if self.classes is None or len(real) == 0:
+            return
+        if real.ndim == 2:
+            if real.shape[1] != self.classes:
+                raise MismatchError(
+                    "the number of classes differs:\n"
+                    f"  real:   labels [n, {real.shape[1]}]\n"
+                    f"  stream: {self.classes} classes\n"
+                    "make the stream's configuration (data:) cover the same classes as the dataset"
+                )
+            return
+        low, high = int(real.min()), int(real.max())
+        if low < 0 or high >= self.classes:
+            raise MismatchError(
+                "a label of the real batch is outside the stream's classes:\n"
+                f"  real:   labels {low} to {high}\n"
+                f"  stream: {self.classes} classes, labels 0 to {self.classes - 1}\n"
+                "make the stream's configuration (data:) cover the same classes as the dataset"
+            )
+
+    def encode(self, synthetic: "SynthBatch", like: torch.Tensor) -> torch.Tensor:
+        """The synthetic labels with the dtype and trailing shape of the real labels `like`.
+
+        Raises MismatchError for mixed labels where the real labels cannot express a mixture.
+        """
+        label, label_b = synthetic.labels, synthetic.label_b
+        if self.mapping is not None:
+            label, label_b = self.mapping[label], self.mapping[label_b]
+        mixed = np.asarray(synthetic.label_mix) > 0
+        soft = like.ndim == 2 and like.is_floating_point()
+        if mixed.any() and not soft:
+            raise MismatchError(
+                f"the stream delivers mixed labels ({int(mixed.sum())} of {len(label)} in this batch) and the real "
+                f"labels are {_form(like)}, which cannot hold a mixture; yield float labels [n, classes] "
+                "(torch.nn.functional.one_hot(y, classes).float() in the dataset or collate_fn), or use recipes that "
+                "do not mix classes"
+            )
+        if like.ndim == 1:
+            return torch.from_numpy(label).to(like.dtype)
+        rows = np.arange(len(label))
+        weights = np.zeros((len(label), like.shape[1]), dtype=np.float32)
+        weights[rows, label] = 1.0 - synthetic.label_mix
+        np.add.at(weights, (rows, label_b), synthetic.label_mix)
+        return torch.from_numpy(weights).to(like.dtype)
+
+
+def find_attribute(dataset: Any, name: str) -> Any:
+    """The attribute of a dataset, or of the dataset that a Subset or a similar wrapper holds; None where absent."""
+    seen: list[Any] = []
+    while dataset is not None and not any(dataset is other for other in seen):
+        value = getattr(dataset, name, None)
+        if value is not None:
+            return value
+        seen.append(dataset)
+        dataset = getattr(dataset, "dataset", None)
+    return None
+
+
+def _form(labels: torch.Tensor) -> str:
+    kind = "one-hot integers" if labels.ndim == 2 else "integers"
+    return f"{kind} ({str(labels.dtype).removeprefix('torch.')})"
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(str(name) for name in names[:most])
+    return shown + (", ..." if len(names) > most else "")

@@ -1,0 +1,123 @@
+"""The real side of a StreamLoader: one epoch of the wrapped loader after another, and resuming inside one.
+
+A loader with its own state (torchdata's StatefulDataLoader or nodes.Loader) is resumed by it. Any other is
+fast-forwarded: the random state that the epoch began with is put back, so that the same permutation is drawn, and
+the batches already read are skipped.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("streamaug")
+
+RandomState = dict[str, torch.Tensor]
+
+
+class RealEpochs:
+    """Iterates `loader` and knows how many batches of the current epoch were read (`pulled`).
+
+    A fast-forwarded loader without a `generator=` of its own draws from torch's global CPU generator; resuming it
+    sets that generator to what it was when the state was saved.
+    """
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+        self.has_state = callable(getattr(loader, "state_dict", None)) and callable(
+            getattr(loader, "load_state_dict", None)
+        )
+        self.pulled = 0
+        self.finished = False
+        self._began: RandomState = {}
+        self._resume: dict[str, Any] | None = None
+
+    def epoch(self) -> Iterator[Any]:
+        """The batches of the next epoch, or those left of the one in which a loaded state was saved."""
+        resume, self._resume = self._resume, None
+        self.pulled, self.finished = 0, False
+        if resume is None:
+            self._began = self._random_state()
+            batches = iter(self.loader)
+        else:
+            batches = self._continued(resume)
+        for batch in batches:
+            self.pulled += 1
+            yield batch
+        self.finished = True
+
+    def close_epoch(self) -> None:
+        """The epoch was delivered to its end: a state saved from now on starts the next."""
+        self.pulled, self.finished = 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Random states are under "tensors"; a loader's own state is under "loader" as it came."""
+        if self._resume is not None:
+            return self._resume
+        state: dict[str, Any] = {"pulled": self.pulled, "finished": self.finished}
+        if self.has_state:
+            return state | {"loader": self.loader.state_dict()}
+        tensors = {f"now_{name}": value for name, value in self._random_state().items()}
+        if self.pulled:
+            tensors |= {f"began_{name}": value for name, value in self._began.items()}
+        return state | {"tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.has_state:
+            self.loader.load_state_dict(state["loader"])
+        self._resume = state
+
+    def _continued(self, resume: dict[str, Any]) -> Iterator[Any]:
+        self.pulled = resume["pulled"]
+        if self.has_state:
+            return iter(()) if resume["finished"] else iter(self.loader)
+        now, self._began = _named(resume["tensors"], "now_"), _named(resume["tensors"], "began_")
+        if resume["finished"]:
+            self._set_random_state(now)
+            return iter(())
+        if self.pulled == 0:
+            self._set_random_state(now)
+            self._began = self._random_state()
+            return iter(self.loader)
+        self._set_random_state(self._began)
+        batches = self._skip(self.pulled)
+        # The loader's own generators have advanced by themselves, as they did the first time.
+        self._set_random_state({name: value for name, value in now.items() if name == "global"})
+        return batches
+
+    def _skip(self, count: int) -> Iterator[Any]:
+        began = time.perf_counter()
+        batches = iter(self.loader)
+        for _ in range(count):
+            next(batches, None)
+        logger.warning(
+            "resumed in mid-epoch by reading %d batches again, which took %.1f s; torchdata's StatefulDataLoader in "
+            "place of DataLoader resumes without",
+            count,
+            time.perf_counter() - began,
+        )
+        return batches
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """What the loader draws from: its own generators, and torch's global one where it has none."""
+        own = getattr(self.loader, "generator", None)
+        sampler = getattr(getattr(self.loader, "sampler", None), "generator", None)
+        found = {"global": torch.default_generator} if own is None else {"loader": own}
+        if isinstance(sampler, torch.Generator) and sampler is not own:
+            found["sampler"] = sampler
+        return found
+
+    def _random_state(self) -> RandomState:
+        return {name: generator.get_state() for name, generator in self._generators().items()}
+
+    def _set_random_state(self, states: RandomState) -> None:
+        generators = self._generators()
+        for name, value in states.items():
+            if name in generators:
+                generators[name].set_state(value)
+
+
+def _named(tensors: RandomState, prefix: str) -> RandomState:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,215 @@
+"""From a configuration to everything a stream needs: data, generator, bank, judge and planner, reused when current."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from streamaug.bank import LatentBank
+from streamaug.config import Config
+from streamaug.data import ImageSet, Splits, load_splits
+from streamaug.errors import ConfigError, MismatchError, ModelError
+from streamaug.filtering.calibration import build_judge, calibrate, fit_judge
+from streamaug.filtering.judge import Judge, pack_state
+from streamaug.inversion.encode import invert
+from streamaug.orders import Planner
+from streamaug.prior import prior_digest, train_prior
+from streamaug.sampling.denoisers import ModelInfo, inspect, load_scheduler
+from streamaug.sampling.solver import make_scheduler, schedule_of, solver_table
+
+ENGINE = "streamaug.engine:build"
+
+
+class Progress(Protocol):
+    """Where progress goes: `demo.view` has a live and a plain one."""
+
+    def phase(self, name: str, total: int | None = None) -> None: ...
+
+    def advance(self, n: int = 1) -> None: ...
+
+
+class Silent:
+    def phase(self, name: str, total: int | None = None) -> None:
+        pass
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `Stream` is built from. `labelled` are the images in the bank, row for row; judge is None when off."""
+
+    config: Config
+    splits: Splits
+    labelled: ImageSet
+    model: ModelInfo
+    bank: LatentBank
+    judge: Judge | None
+    planner: Planner
+
+    engine = ENGINE
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": str(self.model.path),
+            "bank": str(self.bank.path),
+            "num_classes": len(self.class_names),
+        }
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.model.image_shape
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.bank.class_names
+
+    @property
+    def judge_state(self) -> np.ndarray | None:
+        return None if self.judge is None else pack_state(self.judge)
+
+    @property
+    def plan_extra(self) -> dict[str, Any]:
+        """What images depend on besides the plan: a state saved under another value is refused."""
+        return {"model": self.model.digest, "bank": self.bank.digest, "sampling": self.config.digest("model", "judge")}
+
+
+def prepare(
+    config: Config,
+    *,
+    progress: Progress | None = None,
+    labelled: ImageSet | None = None,
+    fresh: bool = False,
+    with_judge: bool = True,
+) -> Prepared:
+    """Load the data, find or train the generator, invert the labelled images, fit the judge.
+
+    labelled: the images to invert; by default `data.shots` per class of the training split, drawn by `seed`. fresh:
+    train the prior again even if the cache has it. with_judge=False leaves the judge's weights to the caller.
+    """
+    progress = progress or Silent()
+    progress.phase("loading images")
+    splits = load_splits(config.data)
+    if labelled is None:
+        labelled = splits.train.subset(splits.train.select_shots(config.data.shots, config.seed))
+    model = find_model(config, splits, progress=progress, fresh=fresh)
+    check_model(config, model, labelled)
+    bank = _bank(config, model, labelled, progress)
+    judge = None
+    if config.judge.enabled:
+        progress.phase("fitting the judge")
+        judge = make_judge(config, labelled, config.seed) if with_judge else build_judge(config, len(bank.class_names))
+    scheduler = make_scheduler(load_scheduler(model.path), config.model.scheduler)
+    solver_table(scheduler, config.model.steps)
+    planner = Planner(
+        bank.labels,
+        len(bank.class_names),
+        schedule_of(scheduler, config.model.steps),
+        config.recipes,
+        config.stream.batch_size,
+        config.seed,
+    )
+    return Prepared(config, splits, labelled, model, bank, judge, planner)
+
+
+def find_model(config: Config, splits: Splits, *, progress: Progress, fresh: bool = False) -> ModelInfo:
+    """The configured model, or the cached prior of these images, trained now when there is none."""
+    if config.model.path is not None:
+        return inspect(config.model.path)
+    assert config.prior is not None
+    images = splits.unlabelled
+    path = config.cache / f"prior-{prior_digest(images, config.prior)}"
+    if fresh or not (path / "model_index.json").is_file():
+        _writable(config.cache)
+        progress.phase("training the prior", config.prior.steps)
+        train_prior(images, config.prior, path, progress=lambda done, total: progress.advance())
+    return inspect(path)
+
+
+def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
+    """Refuse a model that does not fit the images or the recipes."""
+    if model.image_shape != labelled.image_shape:
+        raise MismatchError(
+            f"the model makes images of {_shape(model.image_shape)}, the data are {_shape(labelled.image_shape)}: set "
+            f"data.channels to {model.image_shape[0]} and data.image_size to {model.image_shape[1]}"
+        )
+    classes = len(labelled.class_names)
+    if 0 < model.num_classes < classes:
+        raise MismatchError(f"the model knows {model.num_classes} classes, the data have {classes}")
+    null_class = config.model.null_class
+    if null_class is not None and not 0 <= null_class < model.num_classes:
+        raise MismatchError(f"model.null_class is {null_class}, the model has classes 0 to {model.num_classes - 1}")
+    for position, recipe in enumerate(config.recipes):
+        where = f"recipes.{position}"
+        by_label = model.num_classes > 0 or recipe.classifier_guidance[0] > 0
+        if recipe.kind == "generate" and not by_label:
+            raise ConfigError(
+                f"{where}: 'generate' needs a class-conditional model or classifier_guidance above 0; "
+                "this model does not know labels, use 'noise' or 'interpolate'"
+            )
+        if recipe.guidance != (1.0, 1.0) and (model.num_classes == 0 or null_class is None):
+            missing = "class-conditional model" if model.num_classes == 0 else "null class: set model.null_class"
+            raise ConfigError(f"{where}.guidance: classifier-free guidance needs a {missing}; or set it to [1, 1]")
+        if recipe.classifier_guidance[1] > 0 and not config.judge.enabled:
+            raise ConfigError(f"{where}.classifier_guidance needs the judge: set judge.enabled to true")
+
+
+def make_judge(config: Config, labelled: ImageSet, seed: int) -> Judge:
+    """The judge with the user's weights, or fitted on the labelled images."""
+    if config.judge.weights is None:
+        return fit_judge(config, labelled, seed)
+    judge = build_judge(config, len(labelled.class_names))
+    path = config.judge.weights
+    try:
+        judge.classifier.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"judge.weights {path}: cannot be read as safetensors: {error}") from None
+    except RuntimeError as error:
+        raise ModelError(f"judge.weights {path}: do not fit classifier '{config.judge.classifier}': {error}") from None
+    broken = [name for name, value in judge.state_dict().items() if not torch.isfinite(value.float()).all()]
+    if broken:
+        raise ModelError(f"judge.weights {path}: NaN or infinity in {', '.join(broken)}")
+    calibrate(judge, labelled, config)
+    return judge
+
+
+def _bank(config: Config, model: ModelInfo, labelled: ImageSet, progress: Progress) -> LatentBank:
+    """Write the bank (resumably; nothing is computed when it is complete) and open it."""
+    path = config.bank.path
+    if path is None:
+        content = hashlib.sha256("".join([model.digest, config.digest("bank"), *labelled.hashes]).encode())
+        path = config.cache / f"bank-{content.hexdigest()[:16]}"
+        _writable(config.cache)
+    progress.phase("inverting", len(labelled))
+    seen = 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal seen
+        progress.advance(done - seen)
+        seen = done
+
+    return invert(labelled, path, config=config.bank, model_digest=model.digest, encode=None, progress=advance)
+
+
+def _writable(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        probe = cache / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {cache} cannot be written ({error.strerror}); set `cache` or STREAMAUG_CACHE to one that can"
+        ) from None
+
+
+def _shape(shape: tuple[int, int, int]) -> str:
+    return f"{shape[0]} channel{'s' if shape[0] > 1 else ''}, {shape[1]}x{shape[2]} pixels"

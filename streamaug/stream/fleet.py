@@ -1,0 +1,323 @@
+"""The producers of one stream: allocates their rings, starts them, notices deaths and hangs, replaces, ends them."""
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+from streamaug import errors
+from streamaug.config import StreamConfig
+from streamaug.errors import ProducerError, StreamaugError, UsageError
+from streamaug.orders import OrderBatch
+from streamaug.stream import memory
+from streamaug.stream.backends import Lane, ProcessProducer, Producer, ThreadProducer, Work
+from streamaug.stream.producer import hint, wait
+from streamaug.stream.ring import FAILED, READY, STARTING, Layout, Mailboxes, Ring
+
+log = logging.getLogger("streamaug")
+
+_LOOK_SECONDS = 0.25  # how often the keeper looks when nothing wakes it
+_BACKENDS: dict[str, type[ProcessProducer] | type[ThreadProducer]] = {
+    "process": ProcessProducer,
+    "local": ThreadProducer,
+}
+
+
+@dataclass
+class _Watch:
+    """What the keeper knows about one producer."""
+
+    producer: Producer
+    lane: Lane
+    incarnation: int = 0
+    started: float = 0.0  # monotonic seconds
+    published_at_start: int = 0
+    deaths: int = 0  # in a row, without a batch in between
+    progress: tuple[int, int] = (0, 0)
+    stalled: float = 0.0  # seconds without progress while there was work
+    reported: bool = False
+
+
+class Fleet:
+    """`config.producers` producers and their rings. Nothing is allocated before `start`.
+
+    A thread, the keeper, starts producers and replaces dead ones at once, also while the trainer is busy elsewhere.
+    All other methods are for the trainer's thread.
+    """
+
+    def __init__(self, config: StreamConfig, backend: str, layout: Layout, judge_nbytes: int, work: Work):
+        """Raises MemoryTooSmall when the rings cannot fit."""
+        self.config = config
+        self.layout = layout
+        self.work = work
+        self.backend = backend
+        self.mailboxes: Mailboxes | None = None
+        self.restarts = 0
+        self._memory_kind: memory.Kind = "private" if backend == "local" else memory.choose(config.memory)
+        self._mailboxes_shape = (config.in_flight + 2, judge_nbytes) if judge_nbytes else None
+        self._mailboxes_memory: memory.Memory | None = None
+        self._watches: list[_Watch] = []
+        self._failure: StreamaugError | None = None
+        self._closed = False
+        self._release_in_keeper = False
+        self._spawned = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._stir: tuple[int, int] | None = None  # a pipe that wakes the keeper
+        self._owner = os.getpid()
+        self._require_memory()
+
+    @property
+    def nbytes(self) -> int:
+        """Shared memory of all rings and mailboxes together."""
+        mailboxes = Mailboxes.nbytes(*self._mailboxes_shape) if self._mailboxes_shape else 0
+        return self.config.producers * self.layout.nbytes + mailboxes
+
+    @property
+    def rings(self) -> list[Ring]:
+        return [watch.lane.ring for watch in self._watches]
+
+    @property
+    def pids(self) -> list[int]:
+        return [pid for watch in self._watches if (pid := watch.producer.pid) is not None]
+
+    @property
+    def ready_ns(self) -> int:
+        """When the last producer became ready, CLOCK_MONOTONIC nanoseconds."""
+        return max(ring.ready_ns for ring in self.rings)
+
+    def start(self) -> None:
+        """Allocate the rings and start the producers, without waiting for them to be ready."""
+        self._require_memory()
+        try:
+            self._allocate()
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError):
+                raise StreamaugError(f"the ring cannot be made: {error.strerror} (see ulimit -n)") from None
+            raise
+        self._keeper = threading.Thread(target=self._keep, name="streamaug-keeper", daemon=True)
+        self._keeper.start()
+        self._spawned.wait()
+        self.check()
+
+    def issue(self, at: int, order: OrderBatch, judge_post: int) -> int:
+        """Write an order into ring `at` and wake its producer; returns the order's number there."""
+        lane = self._watches[at].lane
+        number = lane.ring.issue(order, judge_post)
+        hint(lane.wake)
+        return number
+
+    def skip_to(self, at: int, number: int) -> None:
+        lane = self._watches[at].lane
+        lane.ring.skip_to(number)
+        hint(lane.wake)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until a producer says that something changed, at most `seconds`."""
+        wait([watch.lane.wake for watch in self._watches], seconds)
+
+    def check(self) -> None:
+        """Raise what went wrong for good: the producer's own exception, or that it keeps dying."""
+        for watch in self._watches:
+            if watch.lane.ring.state == FAILED:
+                self._failed(_remote_error(watch.lane.ring))
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise StreamaugError("the stream was closed")
+
+    def close(self) -> None:
+        """End all producers and give the memory back. Does nothing in a process forked from the trainer."""
+        if os.getpid() != self._owner:
+            return
+        self._closed = True
+        if self._keeper is None or self._stir is None:
+            return
+        os.write(self._stir[1], b"!")
+        if threading.current_thread() is self._keeper:
+            self._release_in_keeper = True  # garbage collection may strike on any thread
+        else:
+            self._keeper.join()
+            self._release()
+
+    def _release(self) -> None:
+        for watch in self._watches:
+            watch.lane.close()
+        self._watches = []
+        self.mailboxes = None
+        if self._mailboxes_memory is not None:
+            self._mailboxes_memory.close()
+            self._mailboxes_memory = None
+        if self._stir is not None:
+            for fd in self._stir:
+                os.close(fd)
+            self._stir = None
+
+    def _require_memory(self) -> None:
+        layout = self.layout
+        what = (
+            f"{self.config.producers} x {layout.slots} slots of {layout.batch_size} images of "
+            f"{'x'.join(str(side) for side in layout.image_shape)}"
+        )
+        memory.require(self._memory_kind, self.nbytes, what)
+
+    def _allocate(self) -> None:
+        self._stir = os.pipe()
+        if self._mailboxes_shape is not None:
+            self._mailboxes_memory = memory.Memory.create(
+                self._memory_kind, Mailboxes.nbytes(*self._mailboxes_shape)
+            )
+            self.mailboxes = Mailboxes(self._mailboxes_memory, *self._mailboxes_shape)
+            self.mailboxes.clear()
+        for _ in range(self.config.producers):
+            block = memory.Memory.create(self._memory_kind, self.layout.nbytes)
+            ours, theirs = socket.socketpair()
+            lane = Lane(
+                self.layout,
+                block,
+                Ring(block, self.layout),
+                ours,
+                theirs,
+                self._mailboxes_memory,
+                self.mailboxes,
+                self._mailboxes_shape,
+            )
+            self._watches.append(_Watch(_BACKENDS[self.backend](lane, self.work), lane))
+
+    # The keeper's thread. Producers are started here because on Linux a producer dies with the thread that started
+    # it: this one lives exactly as long as the fleet, whichever thread the user calls from.
+
+    def _keep(self) -> None:
+        try:
+            for watch in self._watches:
+                self._spawn(watch)
+            self._spawned.set()
+            last = time.monotonic()
+            while not self._closed:
+                self._doze()
+                now = time.monotonic()
+                # A gap longer than a look means that we were stopped ourselves: it is no evidence against producers.
+                elapsed, last = min(now - last, 2 * _LOOK_SECONDS), now
+                for watch in self._watches:
+                    self._look(watch, now, elapsed)
+        except Exception as error:
+            self._failed(StreamaugError(f"the producers cannot be watched any more: {error!r}"))
+        finally:
+            self._spawned.set()
+            self._end()
+
+    def _end(self) -> None:
+        for watch in self._watches:
+            watch.lane.ring.close()
+            hint(watch.lane.wake)
+        for watch in self._watches:
+            watch.producer.stop()
+        if self._release_in_keeper:
+            self._release()
+
+    def _doze(self) -> None:
+        poll = select.poll()
+        assert self._stir is not None
+        poll.register(self._stir[0], select.POLLIN)
+        for watch in self._watches:
+            for fd in watch.producer.watch_fds:
+                poll.register(fd, select.POLLIN)
+        poll.poll(_LOOK_SECONDS * 1000)
+
+    def _spawn(self, watch: _Watch) -> None:
+        ring = watch.lane.ring
+        ring.restart()
+        watch.started = time.monotonic()
+        watch.published_at_start = ring.published
+        watch.stalled, watch.reported = 0.0, False
+        watch.producer.start(watch.incarnation)
+        watch.incarnation += 1
+
+    def _look(self, watch: _Watch, now: float, elapsed: float) -> None:
+        if self._failure is not None:
+            return
+        watch.producer.look()
+        ring = watch.lane.ring
+        if not watch.producer.alive():
+            self._replace(watch)
+        elif ring.state == STARTING:
+            if now - watch.started > self.config.start_timeout:
+                watch.producer.kill()
+                self._failed(
+                    ProducerError(
+                        f"a producer was not ready after {self.config.start_timeout:g} s (stream.start_timeout)"
+                    )
+                )
+        elif ring.state == READY:
+            self._look_for_stall(watch, elapsed)
+
+    def _look_for_stall(self, watch: _Watch, elapsed: float) -> None:
+        ring = watch.lane.ring
+        progress = (ring.published, ring.last_beat_ns)
+        if progress != watch.progress or ring.issued <= ring.published:
+            watch.progress, watch.stalled, watch.reported = progress, 0.0, False
+            return
+        watch.stalled += elapsed
+        if watch.stalled > self.config.stall_timeout and not watch.reported:
+            watch.reported = True
+            log.warning("%s has made no progress for %.0f s", _name(watch), watch.stalled)
+        # The first batch may compile and load for as long as starting may take.
+        first = ring.published == watch.published_at_start
+        limit = max(self.config.hang_timeout, self.config.start_timeout if first else 0.0)
+        if watch.stalled > limit:
+            log.warning("%s made no progress for %.0f s: replacing it", _name(watch), watch.stalled)
+            watch.producer.kill()
+            if not watch.producer.can_restart:
+                self._failed(
+                    ProducerError(
+                        f"the producer's thread made no progress for {watch.stalled:.0f} s (stream.hang_timeout); "
+                        "only stream.backend: process can replace a hung producer"
+                    )
+                )
+
+    def _replace(self, watch: _Watch) -> None:
+        ring = watch.lane.ring
+        if ring.state == FAILED:
+            self._failed(_remote_error(ring))
+            return
+        if ring.published > watch.published_at_start:
+            watch.deaths = 0
+        watch.deaths += 1
+        words = watch.producer.last_words()
+        if watch.deaths > self.config.max_restarts or not watch.producer.can_restart:
+            self._failed(
+                ProducerError(
+                    f"a producer died {watch.deaths} times in a row without completing a batch "
+                    f"(stream.max_restarts: {self.config.max_restarts}): {words}"
+                )
+            )
+            return
+        log.warning("a producer died, starting another (batch %d is made again): %s", ring.published, words)
+        self.restarts += 1
+        self._spawn(watch)
+
+    def _failed(self, error: StreamaugError) -> None:
+        if self._failure is None:
+            self._failure = error
+
+
+def _name(watch: _Watch) -> str:
+    pid = watch.producer.pid
+    return f"the producer (process {pid})" if pid else "the producer"
+
+
+def _remote_error(ring: Ring) -> StreamaugError:
+    """The exception a producer left, as the trainer raises it: a refusal keeps its class, the rest is ProducerError."""
+    report = ring.error()
+    where = "while starting" if report["k"] is None else f"in batch {report['k']}"
+    kind = getattr(errors, report["type"], None)
+    if isinstance(kind, type) and issubclass(kind, UsageError) and kind is not errors.MissingExtra:
+        error: StreamaugError = kind(report["message"])
+        error.add_note(f"Raised by the producer {where}:\n{report['traceback']}")
+        return error
+    return ProducerError(
+        f"the producer raised {report['type']} {where}: {report['message']}\n\n{report['traceback'].rstrip()}"
+    )

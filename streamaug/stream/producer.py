@@ -1,0 +1,209 @@
+"""The producer: takes orders from its ring, runs the engine on them and publishes what it made.
+
+`serve` is the loop, the same in a thread and in a process of its own. `python -m streamaug.stream.producer` is that
+process: it reads what to run as JSON from its standard input.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from streamaug.orders import OrderBatch
+from streamaug.stream import faults
+from streamaug.stream.engine import Abandoned, Engine
+from streamaug.stream.faults import fault
+from streamaug.stream.memory import Memory
+from streamaug.stream.ring import STAGES, Layout, Mailboxes, Ring
+
+IDLE_SECONDS = 0.25  # what a lost wake-up costs at most
+_LOOK_SECONDS = 0.2  # how often a producer looks whether its trainer is still there
+
+
+def serve(ring: Ring, mailboxes: Mailboxes | None, wake: socket.socket, build: Callable[[], Engine]) -> None:
+    """Build the engine and make orders until the trainer closes the ring. An exception is left in the ring."""
+    loop = _Loop(ring, mailboxes, wake)
+    try:
+        loop.run(build())
+    except BaseException as error:
+        ring.fail(type(error).__name__, str(error), traceback.format_exc(), loop.k)
+        hint(wake)
+
+
+class _Loop:
+    def __init__(self, ring: Ring, mailboxes: Mailboxes | None, wake: socket.socket):
+        self.ring = ring
+        self.mailboxes = mailboxes
+        self.wake = wake
+        self.k: int | None = None  # the batch in work, for the error report
+        self._number = ring.published
+        self._judge_post: int | None = None
+
+    def run(self, engine: Engine) -> None:
+        given, needed = tuple(engine.image_shape), tuple(self.ring.layout.image_shape)
+        if given != needed:
+            raise ValueError(f"the engine makes images of shape {given}, the ring was laid out for {needed}")
+        faults.at(self._number)
+        fault("before_ready")
+        self.ring.ready(time.monotonic_ns())
+        hint(self.wake)
+        while self._order_there():
+            self._make(engine)
+
+    def _order_there(self) -> bool:
+        """Wait for the next order; False when the ring closes."""
+        while not self.ring.closing:
+            if self.ring.issued > self._number:
+                return True
+            self.ring.beat(time.monotonic_ns())
+            wait([self.wake], IDLE_SECONDS)
+        return False
+
+    def _make(self, engine: Engine) -> None:
+        faults.at(self._number)
+        fault("before_order")
+        slot = self.ring.slot(self._number)
+        began = time.monotonic_ns()
+        before = dict(engine.stage_seconds)
+        count, abandoned = 0, False
+        slot.reasons[:] = 0
+        slot.on_beat(self._beat)
+        try:
+            self._beat()
+            order = slot.order
+            self.k = order.k
+            self._load_judge(engine, order.judge_version, slot.judge_post)
+            count = engine.make(order, slot)
+            _check(count, slot.reasons, order)
+        except Abandoned:
+            count, abandoned = 0, True
+        finally:
+            slot.on_beat(None)
+        fault("after_make")
+        spent = [int((engine.stage_seconds.get(name, 0.0) - before.get(name, 0.0)) * 1e9) for name in STAGES]
+        slot.finish(count, abandoned=abandoned, began_ns=began, ended_ns=time.monotonic_ns(), stage_ns=spent)
+        fault("before_publish")
+        self.ring.publish(self._number)
+        fault("after_publish")
+        hint(self.wake)
+        self._number += 1
+        self.k = None
+
+    def _beat(self) -> None:
+        self.ring.beat(time.monotonic_ns())
+        if self.ring.closing or self._number < self.ring.skipping_to:
+            raise Abandoned
+
+    def _load_judge(self, engine: Engine, version: int, post: int) -> None:
+        """Wait for exactly the state the order names: never an older one, never a newer one."""
+        if self.mailboxes is None or post == self._judge_post:
+            return
+        while (state := self.mailboxes.read(post)) is None:
+            self._beat()
+            wait([self.wake], IDLE_SECONDS)
+        engine.load_judge(version, state)
+        self._judge_post = post
+
+
+def _check(count: int, reasons: np.ndarray, order: OrderBatch) -> None:
+    rejected = int(np.count_nonzero(reasons))
+    if count + rejected != len(order):
+        raise ValueError(
+            f"batch {order.k}: of {len(order)} orders the engine accepted {count} and gave {rejected} a reason "
+            "for rejection; every order is one or the other"
+        )
+
+
+def hint(wake: socket.socket) -> None:
+    """Wake whoever waits on the other end. May be lost: the sequence numbers are the truth."""
+    with contextlib.suppress(BlockingIOError, ConnectionError):
+        wake.send(b"!", socket.MSG_DONTWAIT)
+
+
+def wait(wakes: list[socket.socket], seconds: float) -> None:
+    """Sleep until a hint arrives on any of the sockets, or for `seconds`."""
+    poll = select.poll()
+    by_fd = {wake.fileno(): wake for wake in wakes}
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
+    for fd, _ in poll.poll(seconds * 1000):
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            by_fd[fd].recv(4096, socket.MSG_DONTWAIT)
+
+
+def build_engine(engine: str, options: dict, prepare: Callable[[], None] | None = None) -> Engine:
+    """Import "module:function" and call it with the options; `prepare` runs between the two."""
+    module_name, _, function = engine.partition(":")
+    build = getattr(importlib.import_module(module_name), function)
+    if prepare is not None:
+        prepare()
+    return build(options)
+
+
+def main() -> None:
+    """The producer process. Its trainer's death ends it, whatever it is doing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec: dict[str, Any] = json.load(sys.stdin)
+    wake = socket.socket(fileno=spec["fds"]["wake"])
+    _die_with(spec["trainer_pid"], wake)
+    if spec["nice"]:
+        os.nice(spec["nice"])
+    sys.path[:] = spec["sys_path"]
+    faults.arm(spec["fault"])
+    layout = Layout(**spec["layout"])
+    ring = Ring(Memory.attach(spec["fds"]["ring"], layout.nbytes), layout)
+    mailboxes = None
+    if spec["mailboxes"] is not None:
+        count, nbytes = spec["mailboxes"]
+        memory = Memory.attach(spec["fds"]["mailboxes"], Mailboxes.nbytes(count, nbytes))
+        mailboxes = Mailboxes(memory, count, nbytes)
+
+    def prepare() -> None:
+        _seed(spec["seed"], spec["threads"])
+
+    serve(ring, mailboxes, wake, lambda: build_engine(spec["engine"], spec["options"], prepare))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to clean up, and tearing an interpreter with torch down takes a second
+
+
+def _die_with(trainer_pid: int, wake: socket.socket) -> None:
+    """End this process when its trainer ends: by the kernel where it can, else by a thread that looks."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+
+    def look() -> None:
+        poll = select.poll()
+        poll.register(wake, getattr(select, "POLLRDHUP", 0))
+        while os.getppid() == trainer_pid and not poll.poll(_LOOK_SECONDS * 1000):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=look, name="streamaug-lifeline", daemon=True).start()
+
+
+def _seed(seed: int, threads: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()

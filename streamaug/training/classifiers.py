@@ -1,0 +1,61 @@
+"""Classifiers by name: a small CNN for small images, and torchvision's models."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from streamaug.errors import ConfigError, nearest
+
+
+class SmallCNN(nn.Module):
+    """Two convolution blocks and a two-layer head, about 100 k parameters at 8x8; images [B, C, H, W] in [0, 1]."""
+
+    def __init__(self, channels: int, image_size: int, num_classes: int, width: int = 32):
+        super().__init__()
+        side = max(image_size // 4, 1)
+        pooled = min(side, 4)
+        self.features = nn.Sequential(
+            _block(channels, width),
+            _block(width, width),
+            nn.MaxPool2d(2, ceil_mode=True),
+            _block(width, 2 * width),
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.AdaptiveAvgPool2d(pooled) if side > 4 else nn.Identity(),
+        )
+        cells = self.features(torch.zeros(1, channels, image_size, image_size)).flatten(1).shape[1]
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(cells, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, num_classes)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(images))
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+_OWN: dict[str, Callable[[int, int, int], nn.Module]] = {"small_cnn": SmallCNN}
+
+
+def build_classifier(name: str, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
+    """A classifier with random weights: logits [B, num_classes] from images [B, C, H, W] in [0, 1].
+
+    `name` is "small_cnn" or a torchvision classification model. Raises ConfigError naming the nearest known one.
+    """
+    if name in _OWN:
+        return _OWN[name](channels, image_size, num_classes)
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ConfigError(
+            f"unknown classifier '{name}'{nearest(name, [*_OWN, *known])}; "
+            f"accepted: {', '.join(_OWN)}, or a torchvision classification model"
+        )
+    if channels != 3:
+        raise ConfigError(f"classifier '{name}' takes 3-channel images; set data.channels to 3, or use small_cnn")
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)

@@ -1,0 +1,200 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from streamaug.errors import UsageError
+from streamaug.loader import StreamLoader
+
+from .fakes import FailingImages, FakeStream, Images, listed, real_indices, real_loader
+
+
+class Untouchable(FakeStream):
+    def take(self, n):
+        raise AssertionError("the stream was touched")
+
+    def state_dict(self):
+        raise AssertionError("the stream was touched")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ratio_zero_is_the_wrapped_loader_in_order_length_and_random_numbers(workers):
+    def run(wrap):
+        torch.manual_seed(3)
+        loader = wrap(real_loader(draws=True, shuffle=True, num_workers=workers))
+        epochs = [[listed(batch) for batch in loader] for _ in range(2)]
+        return len(loader), epochs, torch.rand(3).tolist()
+
+    def wrapped(loader):
+        return StreamLoader(loader, Untouchable(), ratio=0)
+
+    assert run(wrapped) == run(lambda loader: loader)
+
+
+def test_ratio_zero_yields_the_real_loaders_own_objects():
+    real = list(real_loader())
+    for displaced in ("drop", "defer"):
+        loader = StreamLoader(real, Untouchable(), ratio=0, displaced=displaced)
+        assert all(a is b for a, b in zip(loader, real, strict=True))
+        assert loader.state_dict()["stream"] is None
+
+
+def test_mixing_leaves_the_order_and_the_draws_of_the_real_images_as_they_were():
+    torch.manual_seed(3)
+    plain = [images for images, _ in real_loader(draws=True, shuffle=True)]
+    torch.manual_seed(3)
+    mixed = StreamLoader(real_loader(draws=True, shuffle=True), FakeStream(), ratio=0.5, with_ids=True)
+    for (images, _, ids), real in zip(mixed, plain, strict=True):
+        assert torch.equal(images[ids < 0], real[ids < 0])
+
+
+def test_the_length_is_the_real_loaders_and_a_loader_without_one_raises_type_error():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.rand(1, 8, 8), 0)] * 6)
+
+    assert len(StreamLoader(real_loader(), FakeStream(), ratio=0.9)) == 5
+    loader = StreamLoader(DataLoader(Endless(), batch_size=2), FakeStream(), ratio=0.5)
+    with pytest.raises(TypeError):
+        len(loader)
+    assert len(list(loader)) == 3
+
+
+def test_what_scripts_and_frameworks_read_is_forwarded():
+    real = real_loader(shuffle=True, generator=torch.Generator(), drop_last=True)
+    loader = StreamLoader(real, FakeStream())
+    for name in (
+        "dataset batch_size sampler batch_sampler num_workers collate_fn pin_memory drop_last generator".split()
+    ):
+        assert getattr(loader, name) is getattr(real, name)
+    assert not isinstance(loader, DataLoader)
+    assert not hasattr(loader, "_iterator") and not hasattr(loader, "no_such_thing")
+
+
+def test_set_epoch_reaches_the_sampler():
+    sampler = DistributedSampler(Images(), num_replicas=2, rank=0)
+    loader = StreamLoader(real_loader(sampler=sampler), FakeStream())
+    loader.set_epoch(4)
+    assert sampler.epoch == 4
+    loader.sampler.set_epoch(5)
+    assert sampler.epoch == 5
+    StreamLoader(real_loader(), FakeStream()).set_epoch(1)
+
+
+def test_iter_is_lazy():
+    class Counting(list):
+        started = 0
+
+        def __iter__(self):
+            self.started += 1
+            return super().__iter__()
+
+    real = Counting(real_loader())
+    loader = StreamLoader(real, Untouchable())
+    iter(loader)
+    iter(loader)
+    assert real.started == 0
+
+
+def test_of_two_iterators_only_the_newer_goes_on():
+    loader = StreamLoader(real_loader(), FakeStream())
+    older = iter(loader)
+    next(older)
+    newer = iter(loader)
+    next(newer)
+    with pytest.raises(UsageError, match="one loop at a time"):
+        next(older)
+    assert len(list(newer)) == 4
+
+
+def test_a_loop_left_early_is_followed_by_a_whole_epoch():
+    loader = StreamLoader(real_loader(), FakeStream(), with_ids=True)
+    for _ in loader:
+        break
+    assert len(list(loader)) == 5
+    assert loader.state_dict()["epoch"] == 2
+
+
+def test_use_after_close_is_refused():
+    loader = StreamLoader(real_loader(), FakeStream())
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    for use in (lambda: next(batches), lambda: next(iter(loader)), loader.state_dict):
+        with pytest.raises(UsageError, match="closed"):
+            use()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_real_loader_comes_through_unchanged(workers):
+    def error(wrap):
+        with pytest.raises(RuntimeError, match="unreadable image 20") as info:
+            list(wrap(DataLoader(FailingImages(), batch_size=8, num_workers=workers)))
+        return type(info.value), str(info.value)
+
+    wrapped, bare = error(lambda loader: StreamLoader(loader, FakeStream())), error(lambda loader: loader)
+    assert wrapped[0] is bare[0]
+    assert wrapped[1].splitlines()[-1] == bare[1].splitlines()[-1]
+
+
+def test_defer_delivers_every_real_image_once_an_epoch_in_order_and_knows_its_length():
+    for ratio, count, drop_last in [(0.5, 40, False), (0.3, 45, False), (0.8, 37, True), (0.1, 5, False), (0, 45, False)]:
+        real = real_loader(count, drop_last=drop_last)
+        loader = StreamLoader(real, FakeStream(), ratio, displaced="defer", with_ids=True)
+        for _ in range(3):
+            expected = len(loader)
+            delivered = list(loader)
+            assert len(delivered) == expected
+            seen = sum((real_indices(batch) for batch in delivered), [])
+            assert seen == list(range(count - count % 8 if drop_last else count))
+            assert all(len(images) == 8 for images, _, _ in delivered[:-1])
+        stats = loader.stats()
+        assert abs(stats.synthetic - ratio * (stats.real + stats.synthetic)) < 1
+        assert stats.displaced == 0
+
+
+def test_defer_follows_a_schedule_and_refuses_what_cannot_be_promised():
+    loader = StreamLoader(real_loader(), FakeStream(), lambda step: 0.5 if step < 4 else 0.0, displaced="defer")
+    assert len(loader) == len(list(loader))
+    with pytest.raises(UsageError, match="starved"):
+        StreamLoader(real_loader(), FakeStream(starved="real"), displaced="defer")
+    with pytest.raises(UsageError, match="append"):
+        StreamLoader(real_loader(), FakeStream(), mode="append", displaced="defer")
+    with pytest.raises(TypeError, match="batch_size"):
+        len(StreamLoader(list(real_loader()), FakeStream(), displaced="defer"))
+
+
+def test_without_real_images_the_epoch_has_the_steps_asked_for():
+    stream = FakeStream()
+    loader = StreamLoader(None, stream, epoch_steps=3, with_ids=True)
+    assert len(loader) == 3 and loader.batch_size == 16
+    images, labels, ids = next(iter(loader))
+    assert images.shape == (16, 1, 8, 8) and images.dtype == torch.float32 and images.max() <= 1
+    assert labels.tolist() == [i % 10 for i in range(16)] and ids.tolist() == list(range(16))
+    loader = StreamLoader(None, stream, epoch_steps=3, batch_size=5, normalize=((0.5,), (0.5,)))
+    epochs = [list(loader), list(loader)]
+    assert [len(epoch) for epoch in epochs] == [3, 3]
+    assert epochs[0][0][0].min() == -1
+    doubled = StreamLoader(None, stream, epoch_steps=1, transform=lambda image: image.half() * 2)
+    assert next(iter(doubled))[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((None, FakeStream()), {}, "epoch_steps"),
+        ((None, FakeStream()), {"epoch_steps": 0}, "epoch_steps"),
+        ((None, FakeStream()), {"epoch_steps": 5, "ratio": 0.5}, "leave ratio out"),
+        ((None, FakeStream(starved="real")), {"epoch_steps": 5}, "starved"),
+        (([], FakeStream()), {"epoch_steps": 5}, "leave them out"),
+        ((3, FakeStream()), {}, "a loader of batches, got a int"),
+        ((FakeStream(), []), {}, "the second argument is a Stream"),
+        (([], FakeStream()), {"ratio": 1.0}, "epoch_steps=1000"),
+        (([], FakeStream()), {"mode": "add"}, "'replace', 'append'"),
+        (([], FakeStream()), {"displaced": "deferr"}, "did you mean 'defer'"),
+        (([], FakeStream()), {"transform": "none"}, "transform is a function"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused_with_what_can(arguments, options, message):
+    with pytest.raises(UsageError, match=message):
+        StreamLoader(*arguments, **options)
