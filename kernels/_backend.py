@@ -4,6 +4,7 @@ The one place that imports Triton. Without it the kernels can still be defined, 
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,11 +25,9 @@ class _NoTriton:
         return function if function is not None else lambda function: function
 
 
-triton: Any
-tl: Any
 try:
-    import triton
-    import triton.language as tl
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
 except ImportError:
     triton = tl = _NoTriton()
 

@@ -4,10 +4,10 @@ import functools
 from collections.abc import Sequence
 
 import torch
-
-from streamaug.errors import UsageError
 from streamaug.kernels._backend import Backend, on_device, tile, tl, triton, use_triton
 from streamaug.kernels.philox import check_ids, check_out
+
+from streamaug.errors import UsageError
 
 Values = Sequence[float] | torch.Tensor
 
@@ -27,7 +27,7 @@ def collect(
 
     slots: uint8 [M, C, H, W], contiguous. index: int64 [n], each in 0..M-1 (Triton does not check).
     mean, std: one number a channel, in units of the image scaled to [0, 1]; both or neither.
-    Returns `out` (contiguous or channels_last, whose layout then counts) or a new tensor [n, C, H, W] of `dtype` in
+    Returns `out` (contiguous or channels_last, as it is) or a new tensor [n, C, H, W] of `dtype` in
     `memory_format`. Raises UsageError.
     """
     if slots.dtype != torch.uint8 or slots.dim() != 4 or not slots.is_contiguous():

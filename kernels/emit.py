@@ -1,20 +1,20 @@
-"""Decoded images become bytes in a ring slot: finite check, keep mask, compaction, clamp and rounding in one go."""
+"""Decoded images become bytes in a ring slot: finite check, keep mask, compaction, clamp, rounding."""
 
 import torch
+from streamaug.kernels._backend import Backend, next_power_of_2, on_device, tile, tl, triton, use_triton
 
 from streamaug.errors import UsageError
-from streamaug.kernels._backend import Backend, next_power_of_2, on_device, tile, tl, triton, use_triton
 
 
 def emit(
     decoded: torch.Tensor, keep: torch.Tensor, out: torch.Tensor, *, backend: Backend = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the images that are kept and finite to the front of `out`, in their order; the rest is left as it was.
+    """Write the kept and finite images to the front of `out`, in their order; the rest of it stays as it was.
 
-    decoded: [B, C, H, W] float in [-1, 1], contiguous or channels_last. keep: bool [B]. out: uint8 [B, C, H, W],
-    contiguous: round-half-even(clamp((decoded + 1)·127.5, 0, 255)).
-    Returns `order`, int64 [B]: the image at each emitted position, -1 behind the last; and `count`, int64 [1]. Both
-    are on the device, which is not synchronised. Raises UsageError.
+    decoded: float [B, C, H, W] in [-1, 1], contiguous or channels_last. keep: bool [B].
+    out: uint8 [B, C, H, W], contiguous: round-half-even(clamp((decoded + 1)·127.5, 0, 255)).
+    Returns `order`, int64 [B]: the image at each emitted position, -1 behind the last; `count`, int64 [1].
+    Both are on the device, which the Triton kernel does not synchronise. Raises UsageError.
     """
     _check(decoded)
     if keep.dtype != torch.bool or keep.shape != decoded.shape[:1]:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-
-from streamaug.errors import UsageError
 from streamaug.kernels._backend import Backend, on_device, tile, tl, triton, use_triton
 from streamaug.kernels.philox import _normal4, check_ids, check_out, normal, pack_counter, signed64
+
+from streamaug.errors import UsageError
 
 _CHUNK_ELEMENTS = 262144  # of an fp32 intermediate of the reference: it stays in the second-level cache
 
@@ -28,7 +28,7 @@ def perturb(
 
     bank: [R, *shape], fp16, bf16 or fp32, contiguous (a memory-mapped one is read only at the rows used).
     row_a, row_b: int64 [N], -1 for none: its weight is ignored. weights: fp32 [N, 3]. ids: int64 [N].
-    Returns `out` or a new tensor [N, *shape] of `dtype`. Raises UsageError (Triton does not check row numbers).
+    Returns `out` or a new tensor [N, *shape] of `dtype`. Raises UsageError. Row numbers are trusted on CUDA.
     """
     count, shape = row_a.shape[0], bank.shape[1:]
     _check(bank, row_a, row_b, weights, ids, count)
@@ -170,8 +170,10 @@ def _perturb_kernel(
     weight_a = tl.where(a >= 0, tl.load(weights + 3 * image), 0.0)
     weight_b = tl.where(b >= 0, tl.load(weights + 3 * image + 1), 0.0)
     weight_noise = tl.load(weights + 3 * image + 2)
-    values_a = tl.load(bank + a * size + elements, mask=inside & (a >= 0), other=0.0).to(tl.float32)
-    values_b = tl.load(bank + b * size + elements, mask=inside & (b >= 0), other=0.0).to(tl.float32)
+    inside_a = elements < tl.where(a >= 0, size, 0)
+    inside_b = elements < tl.where(b >= 0, size, 0)
+    values_a = tl.load(bank + a * size + elements, mask=inside_a, other=0.0).to(tl.float32)
+    values_b = tl.load(bank + b * size + elements, mask=inside_b, other=0.0).to(tl.float32)
     mixed = weight_a * values_a + weight_b * values_b
     if weight_noise != 0.0:
         blocks = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)

@@ -2,8 +2,8 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) has the key (seed low,
 seed high) and the counter (element // 4, stream << 16 | step, id low, id high), 32 bits each. Its four words
-give four normals by Box-Muller: with u = (r0 mod 2^31 + 1/2) / 2^31, ρ = sqrt(-2 ln u), θ = 2π int32(r1) / 2^32
-the first two are ρ cos θ and ρ sin θ; r2 and r3 give the other two.
+give four normals by Box-Muller: with u = (r0 mod 2^31 + 1/2) / 2^31, ρ = sqrt(-2 ln u) and
+θ = 2π int32(r1) / 2^32 the first two are ρ cos θ and ρ sin θ; r2 and r3 give the other two.
 """
 
 import functools
@@ -139,7 +139,7 @@ def _philox(ids: np.ndarray, first: int, last: int, seed: int, counter_word: int
     keys_a, keys_b = _keys(seed)
     words = ids.view(np.uint64).reshape(-1, 1)
     shape = (2, len(ids), last - first)
-    state, product = np.empty(shape, np.uint64), np.empty(shape, np.uint64)
+    state = np.empty(shape, np.uint64)
 
     # Rounds 0 and 1: until a and b have mixed, most of the work depends on the id or on the block alone.
     a, b = state
@@ -154,11 +154,12 @@ def _philox(ids: np.ndarray, first: int, last: int, seed: int, counter_word: int
     left_shift(b, _HALF, b)
     bitwise_xor(b, (id_a >> _HALF) * _A, b)
 
-    state, product = state.reshape(2, -1), product.reshape(2, -1)
-    (a, b), (product_a, product_b) = state, product
+    flat = state.reshape(2, -1)
+    product = np.empty_like(flat)
+    (a, b), (product_a, product_b) = flat, product
     for turn in range(2, _ROUNDS):
-        right_shift(state, _HALF, product)
-        left_shift(state, _HALF, state)
+        right_shift(flat, _HALF, product)
+        left_shift(flat, _HALF, flat)
         multiply(product_a, _A, product_a)
         multiply(product_b, _B, product_b)
         bitwise_xor(a, product_b, a)
@@ -166,7 +167,7 @@ def _philox(ids: np.ndarray, first: int, last: int, seed: int, counter_word: int
         if turn % 2 == 0:
             bitwise_xor(a, keys_a[turn // 2], a)
             bitwise_xor(b, keys_b[turn // 2], b)
-    return state.reshape(shape)
+    return state
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,12 +10,13 @@ by a counter on the device, so that one captured CUDA graph replays every step.
 """
 
 from enum import IntEnum
+from typing import Any
 
 import torch
-
-from streamaug.errors import UsageError
 from streamaug.kernels._backend import Backend, on_device, tile, tl, triton, use_triton
 from streamaug.kernels.philox import _normal4, check_ids, normal, pack_counter, signed64
+
+from streamaug.errors import UsageError
 
 HISTORY = 3  # slots of the history ring: m0, m1, m2
 
@@ -35,10 +36,25 @@ class Column(IntEnum):
     GUIDANCE = 9
 
 
-def used_columns(coef: torch.Tensor) -> frozenset[Column]:
-    """The columns that are not 0 everywhere; reads the table, so call it once, where the table is built."""
-    used = (coef != 0).flatten(0, -2).any(0).tolist()
-    return frozenset(column for column in Column if used[column])
+Row = list[Any]  # for each Column a tensor [B, 1, ...] with as many axes as x, or None where the table is 0
+
+
+def rows_of(coef: torch.Tensor, dim: int) -> list[Row]:
+    """The table as the reference reads it fastest: views of `coef` for each evaluation; `dim` is x.dim().
+
+    Values may be rewritten in `coef`, but columns that are 0 in the whole table are left out and must stay 0 (A,
+    IN_NEXT and GUIDANCE are always there). Reads the table, so call it once, where the table is built.
+    """
+    used = (coef != 0).flatten(0, 1).any(0)
+    used[[Column.A, Column.IN_NEXT, Column.GUIDANCE]] = True
+    return [
+        [values if used[column] else None for column, values in enumerate(_row(table_row, dim))]
+        for table_row in coef
+    ]
+
+
+def _row(table_row: torch.Tensor, dim: int) -> Row:
+    return list(table_row.view(*table_row.shape, *(1,) * (dim - 1)).unbind(1))
 
 
 def step(
@@ -55,7 +71,7 @@ def step(
     guided: bool,
     clip: float | None,
     noisy: bool,
-    columns: frozenset[Column] | None = None,
+    rows: list[Row] | None = None,
     backend: Backend = "auto",
 ) -> None:
     """Advance x by one evaluation, in place; also writes m0 into `history` and the next input into `net_in`.
@@ -64,27 +80,25 @@ def step(
     model_out: any float dtype, [B, *shape], or [2B, *shape] when guided, the unconditional half first.
     coef: fp32 [E, B, len(Column)].
     index: int64 [1], the evaluation now, 0..E-1, at most 65535; not advanced.
-    history: fp32 [3, B, *shape], contiguous. m0 goes to slot index mod 3; where C1 or C2 is 0 its slot is not read.
+    history: fp32 [3, B, *shape], contiguous. m0 goes to slot index mod 3. A slot of weight 0 is not read.
     net_in: any float dtype, [B, *shape] or [2B, *shape] (gets the input twice), contiguous or channels_last.
     ids: int64 [B]; ξ is the normal of (seed, stream, step index, id), drawn only when `noisy`.
     clip: bound of m0, or None.
-    columns: `used_columns(coef)`, which lets the reference skip the others; m0 is then written only if one of C0,
-        C1, C2 is used. Triton decides image by image.
+    rows: `rows_of(coef, x.dim())`, which spares the reference much of its work; m0 is then written only
+        if the table uses it. Triton has no need of it.
     The Triton kernel does not synchronise the device. Raises UsageError.
     """
-    batch, size = x.shape[0], x.shape[1:].numel()
     _check(x, model_out, coef, index, history, net_in, ids, guided)
-    counter_word = pack_counter(stream, 0)
     if not use_triton(backend, x):
-        _reference(
-            x, model_out, coef, index, history, net_in, ids, seed, stream, guided, clip, noisy, columns
-        )
+        _reference(x, model_out, coef, index, history, net_in, ids, seed, stream, guided, clip, noisy, rows)
         return
-    if _strides(model_out) is None:
-        model_out = model_out.contiguous()
     out_strides, in_strides = _strides(model_out), _strides(net_in)
+    if out_strides is None:
+        model_out = model_out.contiguous()
+        out_strides = model_out.shape[2:].numel(), 1
     if in_strides is None:
         raise UsageError("net_in: expected a contiguous or channels_last tensor")
+    batch, size = x.shape[0], x.shape[1:].numel()
     block = tile(size)
     with on_device(x):
         _step_kernel[(batch, triton.cdiv(size, block))](
@@ -96,13 +110,15 @@ def step(
             net_in,
             ids,
             signed64(seed),
-            counter_word,
-            0.0 if clip is None else clip,
+            pack_counter(stream, 0),
+            0.0 if clip is None else float(clip),
             batch,
             size,
             x.shape[2:].numel(),
-            *out_strides,
-            *in_strides,
+            out_strides[0],
+            out_strides[1],
+            in_strides[0],
+            in_strides[1],
             GUIDED=guided,
             TWICE=net_in.shape[0] == 2 * batch,
             CLIP=clip is not None,
@@ -170,36 +186,44 @@ def _reference(
     guided: bool,
     clip: float | None,
     noisy: bool,
-    columns: frozenset[Column] | None,
+    rows: list[Row] | None,
 ) -> None:
-    batch = x.shape[0]
-    evaluation = int(index)
-    now = coef[evaluation]
-    used = used_columns(now) if columns is None else columns
-    a, s, cx, ce, c0, c1, c2, cn, in_next, guidance = now.view(batch, -1, *(1,) * (x.dim() - 1)).unbind(1)
-
-    model_out = model_out.float()
-    e = torch.lerp(model_out[:batch], model_out[batch:], guidance) if guided else model_out
-    m0, m1, m2 = (history[(evaluation - age) % HISTORY] for age in range(HISTORY))
-    if not used.isdisjoint((Column.C0, Column.C1, Column.C2)):
-        torch.mul(x, a, out=m0).addcmul_(e, s)
+    batch, evaluation = x.shape[0], int(index)
+    row = _row(coef[evaluation], x.dim()) if rows is None else rows[evaluation]
+    a, s, cx, ce, c0, c1, c2, cn, in_next, guidance = row
+    e = model_out = model_out.float()
+    if guided:
+        unconditional, conditional = model_out.split(batch)
+        e = torch.lerp(unconditional, conditional, guidance)
+    m0 = history[evaluation % HISTORY]
+    if c0 is not None or c1 is not None or c2 is not None:
+        torch.mul(x, a, out=m0)
+        if s is not None:
+            m0.addcmul_(e, s)
         if clip is not None:
             m0.clamp_(-clip, clip)
-    x.mul_(cx)
-    if Column.CE in used:
+
+    if cx is not None:
+        x.mul_(cx)
+    else:
+        x.zero_()
+    if ce is not None:
         x.addcmul_(e, ce)
-    if Column.C0 in used:
+    if c0 is not None:
         x.addcmul_(m0, c0)
-    if Column.C1 in used:
-        _add_live(x, m1, c1)
-    if Column.C2 in used:
-        _add_live(x, m2, c2)
-    if noisy and Column.CN in used and cn.any():
+    if c1 is not None:
+        _add_live(x, history[(evaluation - 1) % HISTORY], c1)
+    if c2 is not None:
+        _add_live(x, history[(evaluation - 2) % HISTORY], c2)
+    if noisy and cn is not None and cn.any():
         noise = normal(ids, x.shape[1:], seed=seed, stream=stream, step=evaluation, backend="torch")
         x.addcmul_(noise, cn)
-    torch.mul(x, in_next, out=net_in[:batch])
-    if net_in.shape[0] == 2 * batch:
-        net_in[batch:].copy_(net_in[:batch])
+
+    if net_in.shape[0] == batch:
+        torch.mul(x, in_next, out=net_in)
+    else:
+        first, second = net_in.split(batch)
+        second.copy_(torch.mul(x, in_next, out=first))
 
 
 def _add_live(x: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> None:
@@ -222,7 +246,7 @@ def _step_kernel(
     ids,
     seed: tl.int64,
     counter_word: tl.int64,
-    clip: tl.float32,
+    clip,
     batch,
     size,
     pixels,
@@ -271,8 +295,10 @@ def _step_kernel(
         m0 = tl.maximum(m0, -clip, propagate_nan=tl.PropagateNan.ALL)
         m0 = tl.minimum(m0, clip, propagate_nan=tl.PropagateNan.ALL)
     slot = batch * (image * 0 + size)
-    m1 = tl.load(history + (evaluation + 2) % 3 * slot + here, mask=inside & (c1 != 0.0), other=0.0)
-    m2 = tl.load(history + (evaluation + 1) % 3 * slot + here, mask=inside & (c2 != 0.0), other=0.0)
+    inside1 = elements < tl.where(c1 != 0.0, size, 0)
+    inside2 = elements < tl.where(c2 != 0.0, size, 0)
+    m1 = tl.load(history + (evaluation + 2) % 3 * slot + here, mask=inside1, other=0.0)
+    m2 = tl.load(history + (evaluation + 1) % 3 * slot + here, mask=inside2, other=0.0)
     new = cx * old + ce * e + c0 * m0 + c1 * m1 + c2 * m2
     if NOISY and cn != 0.0:
         blocks = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)

@@ -193,7 +193,7 @@ def preview(
     """Draw what the stream would deliver: each image with its class, its depth and the judge's score."""
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a file name that ends in .png")
-    settings = _load(config, overrides)
+    settings = _load(config, overrides, {"stream.starved": "wait"})
     _need_folder(out.parent)
     from streamaug.demo.pictures import preview_png
     from streamaug.demo.view import make_view

@@ -20,7 +20,7 @@ from streamaug.config import Config
 from streamaug.errors import ModelError
 from streamaug.stream import memory
 from streamaug.stream.memory import human
-from streamaug.stream.ring import Layout
+from streamaug.stream.ring import Layout, Mailboxes
 
 MIN_FREE_DISK_BYTES = 1_000_000_000
 
@@ -220,7 +220,8 @@ def _ring(config: Config) -> Iterator[Check]:
         yield Check("ok", "shared memory", f"no {folder} (not needed: the ring is in {kind})")
     stream = config.stream
     slots = math.ceil(stream.in_flight / stream.producers)
-    needed = stream.producers * Layout(stream.batch_size, _image_shape(config), slots).nbytes
+    ring_nbytes = Layout(stream.batch_size, _image_shape(config), slots).nbytes
+    needed = stream.producers * ring_nbytes + Mailboxes.nbytes(stream.in_flight + 2, _judge_nbytes(config))
     there = memory.available(kind)
     found = f"{human(needed)} needed, {human(there)} free ({kind})"
     if needed <= there:
@@ -232,6 +233,18 @@ def _ring(config: Config) -> Iterator[Check]:
                 "; stream.memory=memfd; or more: docker run --shm-size=2g, mount -o remount,size=2g /dev/shm"
             )
         yield Check("fail", "ring memory", found, advice)
+
+
+def _judge_nbytes(config: Config) -> int:
+    """Bytes of the judge's state, for as many classes as the data have; 0 without a judge."""
+    if not config.judge.enabled:
+        return 0
+    from streamaug.filtering.calibration import build_judge
+    from streamaug.filtering.judge import pack_state
+
+    root = config.data.root
+    folders = [item for item in root.iterdir() if item.is_dir()] if root and root.is_dir() else []
+    return pack_state(build_judge(config, len(folders) or 10)).nbytes
 
 
 def _image_shape(config: Config) -> tuple[int, int, int]:

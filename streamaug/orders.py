@@ -14,6 +14,7 @@ import numpy as np
 from streamaug.config import Recipe
 from streamaug.errors import DataError
 
+_WORD = 2**64 - 1
 INTERP_NONE, INTERP_LINEAR, INTERP_SPHERICAL, INTERP_CIRCLE = range(4)
 
 ORDER_DTYPE = np.dtype(
@@ -148,7 +149,7 @@ class Planner:
 
     def batch(self, k: int, weights: Weights, judge_version: int = 0) -> OrderBatch:
         """The k-th batch of orders, B = `batch_size`, under the given weights."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed & (2**64 - 1), k]))
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed & _WORD, k & _WORD], dtype=np.uint64)))
         size = self.batch_size
         recipe = self.recipes[int(np.searchsorted(self._shares, rng.random(), side="right"))]
         start = 0 if recipe.kind == "generate" else self.schedule.start_of(rng.uniform(*recipe.depth))

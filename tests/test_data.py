@@ -105,7 +105,7 @@ def test_shots_are_exact_reproducible_and_nested(digits):
     assert (three == digits.train.select_shots(3, seed=7)).all()
     assert not np.array_equal(three, digits.train.select_shots(3, seed=8))
     assert set(digits.train.select_shots(1, seed=7)) < set(three)
-    assert len(digits.train.select_shots(3, seed=-1)) == 30
+    assert not np.array_equal(digits.train.select_shots(3, seed=-1), digits.train.select_shots(3, seed=-2))
     assert digits.train.select_shots(None, seed=7).tolist() == list(range(1000))
 
 
@@ -163,8 +163,8 @@ def test_links_capital_suffixes_and_paths_with_dots_are_followed(tmp_path):
 def test_where_the_folder_lies_does_not_change_the_split(tmp_path):
     for name in ("here", "there"):
         make_folder(tmp_path / name, {"a": 9, "b": 9})
-    tests = [load_splits(folder_config(tmp_path / name)).test.sources for name in ("here", "there")]
-    assert [source.replace("here", "there") for source in tests[0]] == tests[1]
+    here, there = (load_splits(folder_config(tmp_path / name)).test for name in ("here", "there"))
+    assert [Path(source).parts[-2:] for source in here.sources] == [Path(s).parts[-2:] for s in there.sources]
 
 
 def test_an_added_image_moves_at_most_one_image_of_its_class_into_or_out_of_the_test(tmp_path):
@@ -215,7 +215,9 @@ def test_pixels_of_a_test_image_never_stay_in_train_or_validation(tmp_path):
 
 def test_a_test_folder_that_is_the_training_folder_is_refused(tmp_path):
     root = make_folder(tmp_path / "train", {"a": 3, "b": 3})
-    with pytest.raises(DataError, match=r"every train image of class 'a' has the same pixels as a test image"):
+    with pytest.raises(
+        DataError, match=r"every train image of class 'a' has the same pixels as a test image"
+    ):
         load_splits(folder_config(root, test_root=root))
 
 
@@ -272,7 +274,9 @@ def test_every_division_is_disjoint_complete_and_has_every_class_on_both_sides(c
 
 def test_a_misspelt_folder_names_the_nearest(tmp_path):
     make_folder(tmp_path / "photos", {"a": 1})
-    with pytest.raises(DataError, match=r"fotos: no such folder \(did you mean 'photos'\?\).*root/cat/001.png"):
+    with pytest.raises(
+        DataError, match=r"fotos: no such folder \(did you mean 'photos'\?\).*root/cat/001.png"
+    ):
         load_splits(folder_config(tmp_path / "fotos"))
 
 
@@ -328,7 +332,9 @@ def test_a_class_whose_files_are_all_bad_is_refused_with_the_list(tmp_path):
 # ---- one file
 
 
-def read(image: Image.Image, path: Path, channels: int = 3, size: int = 8, fit="stretch", **save) -> np.ndarray:
+def read(
+    image: Image.Image, path: Path, channels: int = 3, size: int = 8, fit="stretch", **save
+) -> np.ndarray:
     image.save(path, **save)
     return read_image(path, size, channels, fit)
 
@@ -432,7 +438,9 @@ def test_an_image_of_the_wanted_size_is_left_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_shrinking_does_not_alias(tmp_path, suffix):
-    board = np.indices((512, 512)).sum(0) % 2 * 255  # a one-pixel chessboard: an aliased reduction is not grey
+    board = (
+        np.indices((512, 512)).sum(0) % 2 * 255
+    )  # a one-pixel chessboard: an aliased reduction is not grey
     image = Image.fromarray(board.astype(np.uint8))
     pixels = read(image, tmp_path / f"x.{suffix}", channels=1, size=16, fit="crop")
     assert np.abs(pixels.astype(int) - 127).max() <= 3

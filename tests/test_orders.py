@@ -43,6 +43,11 @@ def test_other_k_and_other_seeds_give_other_batches(k):
     assert not np.array_equal(first["row_a"], planner(seed=1).batch(k, planner().uniform()).images["row_a"])
 
 
+def test_negative_seeds_are_seeds_of_their_own():
+    images = [planner(seed=seed).batch(3, planner().uniform()).images for seed in (-1, -2)]
+    assert not np.array_equal(images[0]["row_a"], images[1]["row_a"])
+
+
 @given(ks=st.sets(st.integers(0, 2**50), min_size=2, max_size=5))
 def test_ids_of_different_batches_are_disjoint(ks):
     plan = planner()

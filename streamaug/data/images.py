@@ -93,7 +93,8 @@ class ImageSet:
         """
         if shots is None:
             return np.arange(len(self), dtype=np.int64)
-        rng = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), _SHOTS]))
+        key = np.array([seed & (2**64 - 1), _SHOTS], dtype=np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key))
         chosen = []
         for label, name in enumerate(self.class_names):
             members = np.flatnonzero(self.labels == label)

@@ -15,7 +15,7 @@ from streamaug.demo.report import Curve, Timeline, paired_interval
 from streamaug.errors import MissingExtra
 
 # Everything is drawn at twice the size it is meant to be seen at, for screens of high density.
-TILE = 152  # pixels a side of one image
+TILE = 160  # pixels a side of one image
 GAP = 20
 MARGIN = 56
 FRAME = 6
@@ -322,15 +322,12 @@ def _draw_fill(axes: Any, timeline: Timeline, window: tuple[float, float]) -> No
 
 def _tile(image: np.ndarray) -> Image.Image:
     """A uint8 [C, H, W] image as an RGB square: small ones as hard pixels, large ones reduced."""
-    grey = image.shape[0] == 1
-    picture = Image.fromarray(image[0] if grey else np.ascontiguousarray(image.transpose(1, 2, 0))).convert(
-        "RGB"
-    )
-    longest = max(picture.size)
-    if longest < TILE:
-        factor = TILE / longest if TILE / longest < 4 else TILE // longest
-        size = (round(picture.width * factor), round(picture.height * factor))
-        picture = picture.resize(size, Image.Resampling.NEAREST)
+    flat = image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    picture = Image.fromarray(flat).convert("RGB")
+    factor = -(-TILE // max(picture.size))
+    if factor > 1:
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        picture.thumbnail((TILE, TILE), Image.Resampling.BOX)
     else:
         picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     square = Image.new("RGB", (TILE, TILE), LINE)

@@ -78,7 +78,7 @@ class DemoReport(TypedDict):
     mean_reuse: float
     acceptance: dict[str, Any]
     stall_seconds: float
-    time_to_first_batch_seconds: float
+    time_to_first_batch_seconds: float | None
     seconds_total: float
     versions: dict[str, str]
     hardware: dict[str, str]
@@ -103,7 +103,7 @@ def build_report(
     acceptance: float,
     acceptance_per_class: Mapping[str, float],
     stall_seconds: float,
-    time_to_first_batch_seconds: float,
+    time_to_first_batch_seconds: float | None,
     seconds_total: float,
     command: str,
     config: Config,
@@ -191,7 +191,8 @@ def student_t_975(degrees: int) -> float:
     z = 1.959963985
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / degrees + second / degrees**2
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 def verdict(real_only: Sequence[float], stream: Sequence[float]) -> str:
@@ -285,7 +286,7 @@ def _page(
     sections = [
         _header(report),
         _comparison(report),
-        _samples(samples_png),
+        _samples(report, samples_png),
         _learning(overlap, curves, curves_png),
         _stream(report),
         _method(report),
@@ -308,8 +309,8 @@ def _header(report: DemoReport) -> str:
 <h1>{_text(lead)}: <span>{_text(rest)}</span></h1>
 <p>An image classifier was trained twice from the same {report["shots"]} labelled
 {_plural(report["shots"], "image")} per class: once on those images alone, and once with {ratio:.0%} of every
-batch replaced by new images that a diffusion model made from them <em>while the classifier trained</em>. The
-new images went straight from one process to the other and were never saved. Everything was repeated
+batch made up of new images, which a diffusion model made from them <em>while the classifier trained</em>. The
+new images went straight into training and were never saved. Everything was repeated
 {len(report["seeds"])} {_plural(len(report["seeds"]), "time")} with other labelled images, and accuracy was
 measured on {report["held_out"]:,} images that nothing had seen.</p>
 </header>"""
@@ -342,20 +343,25 @@ judge.</p>
 </section>"""
 
 
-def _samples(picture: Path | None) -> str:
+def _samples(report: DemoReport, picture: Path | None) -> str:
     if picture is None:
         return ""
     description = (
         "Rows of real images, each followed by generated siblings at growing depth, marked kept or rejected, "
         "with the judge's score."
     )
+    judge = (
+        "A judge, which is a classifier trained on the same few labelled images, scores each one; what does "
+        "not look like its class is rejected."
+        if report["config"]["judge"]["enabled"]
+        else "No judge looked at them in this run."
+    )
     return f"""<section>
 <h2>What the images look like</h2>
 <figure>{_inline(picture, description)}
 <figcaption>Left, a real image; beside it, images made from it. <em>Depth</em> is how much of the image was
-replaced by noise before the model painted it anew: shallow ones stay close, deep ones wander. A judge, which
-is a classifier trained on the same few labelled images, scores each one; what does not look like its class is
-rejected.</figcaption></figure>
+replaced by noise before the model painted it anew: shallow ones stay close, deep ones wander.
+{judge}</figcaption></figure>
 </section>"""
 
 
@@ -416,8 +422,10 @@ def _stream(report: DemoReport) -> str:
         (f"{report['mean_reuse']:.2f}", "times each image was used"),
         (f"{report['acceptance']['overall']:.1%}", "accepted by the judge"),
         (f"{report['stall_seconds']:.1f} s", "training waited for images, all runs together"),
-        (f"{report['time_to_first_batch_seconds']:.1f} s", "until the first batch was there"),
     ]
+    first_batch = report["time_to_first_batch_seconds"]
+    if first_batch is not None:
+        tiles.append((f"{first_batch:.1f} s", "until the first batch was there"))
     cards = "".join(f"<div><dd>{value}</dd><dt>{label}</dt></div>" for value, label in tiles)
     bars = "".join(
         f'<tr><th scope="row">{_text(str(name))}</th>'
@@ -437,6 +445,8 @@ def _stream(report: DemoReport) -> str:
 
 def _method(report: DemoReport) -> str:
     seeds = len(report["seeds"])
+    model = report["config"]["model"]["path"]
+    generator = f"is {_text(model)}" if model else "was trained on the training images without their labels"
     interval = (
         f"The interval is Student's 95% interval of the {seeds} paired differences: were the experiment "
         "repeated many times, 95 of 100 such intervals would contain the true mean gain."
@@ -454,7 +464,7 @@ anew (seeds {", ".join(str(seed) for seed in report["seeds"])}), inverts exactly
 from them.</li>
 <li><b>Fairness:</b> both arms take the same number of steps with the same augmentation, and had the same
 tuning budget on images that are not in the test set. The reported seeds were not used for tuning.</li>
-<li><b>The generator</b> was trained on training images without their labels.</li>
+<li><b>The generator</b> {generator}.</li>
 <li><b>Uncertainty:</b> {interval}</li>
 </ul>
 </section>"""
@@ -504,7 +514,8 @@ _STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 54rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
-h1 { font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.25; letter-spacing: -0.015em; margin: 0 0 1rem; }
+h1 { font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.25; letter-spacing: -0.015em;
+  margin: 0 0 1rem; text-wrap: balance; }
 h1 span { font-weight: 400; color: var(--soft); }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 3.25rem 0 0.75rem; }
 h3 { font-size: 1rem; margin: 2rem 0 0.5rem; }

@@ -1,4 +1,4 @@
-"""The training script's side: a wrapper around the user's own loader that mixes the stream into its batches."""
+"""The training script's side: a wrapper around the user's own loader that mixes the stream into it."""
 
 from streamaug.loader.stream_loader import LoaderStats, StreamLoader
 

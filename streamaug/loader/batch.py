@@ -1,6 +1,6 @@
-"""A batch's own structure (tuple, list, named tuple, mapping): finding its fields, and rebuilding it with other rows.
+"""A batch's structure (tuple, list, named tuple, mapping): its fields, and the same type with other rows.
 
-The loader's part of the picture between the real batch and the merged one.
+In the loader, between the real batch and the merged one.
 """
 
 import copy
@@ -51,7 +51,7 @@ class Layout:
 
 
 def fields_of(batch: Any) -> dict[Key, Any]:
-    """A batch's fields by position or name. Raises MismatchError for anything that is no batch with labels."""
+    """A batch's fields by position or name. Raises MismatchError for what has no fields."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
@@ -63,7 +63,7 @@ def fields_of(batch: Any) -> dict[Key, Any]:
 
 
 def rebuild(batch: Any, changed: Mapping[Key, Any], ids: torch.Tensor | None) -> Any:
-    """A batch of the same type with some fields replaced; `ids` is added as the last field, or as "synthetic_ids"."""
+    """A batch of the same type with some fields replaced, and `ids` added (last, or as "synthetic_ids")."""
     if isinstance(batch, MutableMapping):
         merged = copy.copy(batch)
         merged.update(changed if ids is None else {**changed, IDS_KEY: ids})
@@ -98,20 +98,20 @@ def select(rows: Mapping[Key, Any], first: int, last: int) -> dict[Key, Any]:
 
 
 def concatenate(a: Mapping[Key, Any], b: Mapping[Key, Any]) -> dict[Key, Any]:
-    return {
-        key: torch.cat([a[key], b[key]]) if isinstance(a[key], torch.Tensor) else [*a[key], *b[key]]
-        for key in a
-    }
+    return {key: _concatenate(a[key], b[key]) for key in a}
 
 
 def mix(real: Any, synthetic: Any, at: np.ndarray, total: int) -> Any:
     """One field of the merged batch, `total` entries: synthetic ones at the places `at`, real ones elsewhere.
 
-    With `total` real entries those at the places are replaced; with `total - len(at)` they are spread around them in
-    their order. Layout, device and pinned memory of a real tensor are kept; its storage is never written to.
+    With `total` real entries those at the places are replaced; with `total - len(at)` they are spread around
+    them in their order. Layout, device and pinned memory of a real tensor are kept; its storage is never
+    written to.
     """
+    if isinstance(real, np.ndarray):
+        return np.array(_mix_list(list(real), list(synthetic), at, total))
     if not isinstance(real, torch.Tensor):
-        return _mix_list(list(real), list(synthetic), at, total)
+        return type(real)(_mix_list(list(real), list(synthetic), at, total))
     places = torch.from_numpy(at).to(real.device)
     pinned = real.is_pinned() if real.device.type == "cpu" else False
     if len(real) == total:
@@ -132,10 +132,18 @@ def mix(real: Any, synthetic: Any, at: np.ndarray, total: int) -> Any:
 
 def memory_format(images: torch.Tensor) -> torch.memory_format:
     """channels_last for a batch of images [n, C, H, W] laid out so, else contiguous."""
-    if images.ndim == 4 and not images.is_contiguous():
-        if images.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-    return torch.contiguous_format
+    if images.ndim != 4 or images.is_contiguous():
+        return torch.contiguous_format
+    channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _concatenate(a: Any, b: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        return torch.cat([a, b])
+    if isinstance(a, np.ndarray):
+        return np.concatenate([a, b])
+    return type(a)([*a, *b])
 
 
 def _mix_list(real: list, synthetic: list, at: np.ndarray, total: int) -> list:
@@ -169,7 +177,8 @@ def _find_images(fields: dict[Key, Any]) -> Key:
     if named or candidates:
         return (named or candidates)[0]
     raise MismatchError(
-        f"no images found in the batch ({_summary(fields)}); expected a tensor [n, C, H, W], or name it: image_key="
+        f"no images found in the batch ({_summary(fields)}); expected a tensor [n, C, H, W], or name it: "
+        "image_key="
     )
 
 
@@ -186,8 +195,8 @@ def _find_labels(fields: dict[Key, Any], image_key: Key) -> Key:
     if named or candidates:
         return (named or candidates)[0]
     raise MismatchError(
-        f"a batch without labels ({_summary(fields)}); expected integers [n] or one-hot/soft labels [n, classes] "
-        "beside the images, or name the field: label_key="
+        f"a batch without labels ({_summary(fields)}); expected integers [n] or one-hot/soft labels [n, "
+        "classes] beside the images, or name the field: label_key="
     )
 
 

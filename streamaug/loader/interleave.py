@@ -37,8 +37,8 @@ def _decimal(value: float) -> Fraction:
 class Share:
     """Keeps the synthetic share of everything delivered within one image of what was asked.
 
-    `debt` is the number of synthetic images asked for so far minus those planned: sum(ratio·n) − sum(synthetic), in
-    [−1/2, 1/2]. Decimal ratios have denominators that are powers of ten, so the sum stays small and exact.
+    `debt` is the number of synthetic images asked for so far minus those planned, in [−1/2, 1/2]. Decimal
+    ratios have denominators that are powers of ten, so it stays a small and exact fraction.
     """
 
     debt: Fraction = field(default_factory=Fraction)
@@ -61,8 +61,8 @@ class Share:
 def deferred_split(share: Share, size: int, left: int | None, ratio: Fraction) -> tuple[int, int]:
     """(real, synthetic) of the next batch of `size` images when no real image may be dropped.
 
-    `left` is the number of real images left in the epoch, None while more than `size`. The last batch is short: its
-    share is counted beside the real images that remain.
+    `left` is the number of real images left in the epoch, None while more than `size`. The last batch is
+    short: its share is counted beside the real images that remain.
     """
     before = share.debt
     synthetic = share.of_total(size, ratio)
@@ -85,7 +85,7 @@ def deferred_length(
 
 
 def places(key: tuple[int, ...], total: int, count: int) -> np.ndarray:
-    """int64 [count]: distinct places in a batch of `total`, drawn by `key` (such as seed, rank, step) alone."""
+    """int64 [count]: distinct places in a batch of `total`, drawn by `key` (seed, rank, step) alone."""
     return np.random.default_rng(key).permutation(total)[:count]
 
 

@@ -10,16 +10,16 @@ import torch
 from streamaug.errors import MismatchError
 
 if TYPE_CHECKING:
-    from streamaug.stream.stream import SynthBatch
+    from streamaug.stream.batch import SynthBatch
 
 logger = logging.getLogger("streamaug")
 
 
 class Labels:
-    """Writes the stream's labels as the real loader writes its own: int [n], one-hot or soft float [n, classes].
+    """Writes the stream's labels as the real loader writes its own: int [n], one-hot or soft [n, classes].
 
-    `stream_classes` and `real_classes` are the class names in label order, or None where unknown. The same names in
-    another order are mapped by name (said once in the log); different names raise MismatchError.
+    `stream_classes` and `real_classes` are the class names in label order, or None where unknown. The same
+    names in another order are mapped by name (said once in the log); different names raise MismatchError.
     """
 
     def __init__(self, stream_classes: Sequence[str] | None, real_classes: Sequence[str] | None):
@@ -32,8 +32,8 @@ class Labels:
                 "the class names of the real dataset and of the stream differ:\n"
                 f"  real:   {len(real_classes)} classes: {_listed(real_classes)}\n"
                 f"  stream: {len(stream_classes)} classes: {_listed(stream_classes)}\n"
-                "if they are the same classes under other names, say which by StreamLoader(..., classes=[the stream's "
-                "names in the order of the real labels])"
+                "if they are the same classes under other names, say which by StreamLoader(..., "
+                "classes=[the stream's names in the order of the real labels])"
             )
         position = {name: label for label, name in enumerate(real_classes)}
         self.mapping = np.array([position[name] for name in stream_classes], dtype=np.int64)
@@ -73,10 +73,10 @@ class Labels:
         soft = like.ndim == 2 and like.is_floating_point()
         if mixed.any() and not soft:
             raise MismatchError(
-                f"the stream delivers mixed labels ({int(mixed.sum())} of {len(label)} in this batch) and the real "
-                f"labels are {_form(like)}, which cannot hold a mixture; yield float labels [n, classes] "
-                "(torch.nn.functional.one_hot(y, classes).float() in the dataset or collate_fn), or use recipes that "
-                "do not mix classes"
+                f"the stream delivers mixed labels ({int(mixed.sum())} of {len(label)} in this batch) and "
+                f"the real labels are {_form(like)}, which cannot hold a mixture; yield float labels [n, "
+                "classes] (torch.nn.functional.one_hot(y, classes).float() in the dataset or collate_fn), "
+                "or use recipes that do not mix classes"
             )
         if like.ndim == 1:
             return torch.from_numpy(label).to(like.dtype)
@@ -88,7 +88,7 @@ class Labels:
 
 
 def find_attribute(dataset: Any, name: str) -> Any:
-    """The attribute of a dataset, or of the dataset that a Subset or a similar wrapper holds; None where absent."""
+    """The attribute of a dataset, or of the one that a Subset or similar wrapper holds; else None."""
     seen: list[Any] = []
     while dataset is not None and not any(dataset is other for other in seen):
         value = getattr(dataset, name, None)

@@ -1,8 +1,8 @@
 """The real side of a StreamLoader: one epoch of the wrapped loader after another, and resuming inside one.
 
 A loader with its own state (torchdata's StatefulDataLoader or nodes.Loader) is resumed by it. Any other is
-fast-forwarded: the random state that the epoch began with is put back, so that the same permutation is drawn, and
-the batches already read are skipped.
+fast-forwarded: the random state that the epoch began with is put back, so that the same permutation is drawn,
+and the batches already read are skipped.
 """
 
 import logging
@@ -20,8 +20,8 @@ RandomState = dict[str, torch.Tensor]
 class RealEpochs:
     """Iterates `loader` and knows how many batches of the current epoch were read (`pulled`).
 
-    A fast-forwarded loader without a `generator=` of its own draws from torch's global CPU generator; resuming it
-    sets that generator to what it was when the state was saved.
+    A fast-forwarded loader without a `generator=` of its own draws from torch's global CPU generator;
+    resuming it sets that generator to what it was when the state was saved.
     """
 
     def __init__(self, loader: Any):
@@ -35,14 +35,15 @@ class RealEpochs:
         self._resume: dict[str, Any] | None = None
 
     def epoch(self) -> Iterator[Any]:
-        """The batches of the next epoch, or those left of the one in which a loaded state was saved."""
+        """Start the next epoch, or the rest of the one in which a loaded state was saved."""
         resume, self._resume = self._resume, None
         self.pulled, self.finished = 0, False
         if resume is None:
             self._began = self._random_state()
-            batches = iter(self.loader)
-        else:
-            batches = self._continued(resume)
+            return self._counted(iter(self.loader))
+        return self._counted(self._continued(resume))
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self.pulled += 1
             yield batch
@@ -93,8 +94,8 @@ class RealEpochs:
         for _ in range(count):
             next(batches, None)
         logger.warning(
-            "resumed in mid-epoch by reading %d batches again, which took %.1f s; torchdata's StatefulDataLoader in "
-            "place of DataLoader resumes without",
+            "resumed in mid-epoch by reading %d batches again, which took %.1f s; torchdata's "
+            "StatefulDataLoader in place of DataLoader resumes without",
             count,
             time.perf_counter() - began,
         )

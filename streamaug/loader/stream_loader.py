@@ -1,6 +1,6 @@
 """StreamLoader: the user's own loader with a share of each batch made while they train.
 
-The last stage of the picture: `Stream.take` on one side, the real loader on the other, the training step behind.
+The last stage of the picture: `Stream.take` and the real loader before it, the training step behind.
 """
 
 import logging
@@ -22,7 +22,8 @@ from streamaug.loader.real import RealEpochs
 from streamaug.loader.transforms import Converter, Normalize
 
 if TYPE_CHECKING:
-    from streamaug.stream.stream import Stream, SynthBatch
+    from streamaug.stream.batch import SynthBatch
+    from streamaug.stream.stream import Stream
 
 logger = logging.getLogger("streamaug")
 
@@ -33,7 +34,7 @@ _STATE_VERSION = 1
 
 @dataclass
 class LoaderStats:
-    """What was delivered since the run began (images), and what it cost since this process began (seconds)."""
+    """Images delivered since the run began, and seconds spent since this process began."""
 
     batches: int = 0
     real: int = 0
@@ -60,30 +61,34 @@ class StreamLoader:
         for images, labels in loader:
             ...
 
-    real_loader: a DataLoader, StatefulDataLoader, torchdata Loader, or any iterable of batches of torch tensors:
-        (images, labels, ...) as tuple, list or named tuple, or a mapping. It is read unchanged and never copied.
-        None with `epoch_steps=` delivers synthetic batches only.
+    real_loader: a DataLoader, StatefulDataLoader, torchdata Loader, or any iterable of batches of torch
+        tensors: (images, labels, ...) as tuple, list or named tuple, or a mapping. It is read unchanged and
+        never copied. None with `epoch_steps=` delivers synthetic batches only.
     ratio: synthetic share of the delivered batch in [0, 1), exact over time (the remainder is carried); or a
-        function of the step (batches delivered so far). None takes the stream's configuration. `loader.ratio = 0`
-        works while training; at 0 the batches are the real loader's own objects and the stream is not touched.
-    mode: "replace" keeps the batch size and puts synthetic images in the place of real ones; "append" adds them.
-    displaced: what becomes of the real images replaced. "drop" counts them; the epoch has as many batches as the
-        real loader. "defer" serves them first in the next batch: every real image is delivered once an epoch, the
-        real loader is read only as needed, and the epoch is longer by 1/(1 − ratio).
-    transform: for synthetic images. "dataset" (default) uses the real dataset's `transform` where there is one; a
-        function uint8 tensor [C, H, W] -> tensor; None converts to the real dtype and range. Draws from torch's
-        generator inside it are keyed by (seed, rank, step) and leave the global generator alone; draws from `random`
-        or numpy are not. Runs in `transform_workers` threads; its cost is in `stats()`.
+        function of the step (batches delivered so far). None takes the stream's configuration. It can be set
+        while training (`loader.ratio = 0`); at 0 the batches are the real loader's own objects and the stream
+        is not touched.
+    mode: "replace" keeps the batch size and puts synthetic images in the place of real ones; "append" adds
+        them.
+    displaced: what becomes of the real images replaced. "drop" counts them; the epoch has as many batches as
+        the real loader. "defer" serves them first in the next batch: every real image is delivered once an
+        epoch, the real loader is read only as needed, and the epoch is longer by 1/(1 − ratio).
+    transform: for synthetic images. "dataset" (default) uses the real dataset's `transform` where there is
+        one; a function uint8 tensor [C, H, W] -> tensor; None converts to the real dtype and range. Draws
+        from torch's generator inside it are keyed by (seed, rank, step) and leave the global generator alone;
+        draws from `random` or numpy are not. Runs in `transform_workers` threads; its cost is in `stats()`.
     normalize: (mean, std) per channel, for pixels in [0, 1], where no transform is used.
     seed: decides where synthetic images stand in a batch.
-    with_ids: adds int64 [n] ids as the last field ("synthetic_ids" in a mapping), −1 for real images.
-    image_key, label_key: the fields of the batch (a position or a name); found at the first batch where not given.
+    with_ids: adds int64 [n] ids, on the CPU, as the last field ("synthetic_ids" in a mapping); −1 is real.
+    image_key, label_key: the fields of the batch (a position or a name); found at the first batch where not
+        given.
     fill: values of a batch's other fields for synthetic images: `fill(key, synth_batch)` -> tensor or list.
     classes: names of the real labels in order, where the dataset has no `classes` or calls them differently.
     batch_size: images per batch where real_loader is None (the stream's batch size by default).
 
-    Raises UsageError for arguments that cannot be used and, at the first mixed batch, MismatchError where real and
-    synthetic images or labels do not agree. Of several iterators of one loader only the newest may go on.
+    Raises UsageError for arguments that cannot be used and, at the first mixed batch, MismatchError where
+    real and synthetic images or labels do not agree. Of several iterators of one loader only the newest may
+    go on.
     """
 
     def __init__(
@@ -108,7 +113,8 @@ class StreamLoader:
     ):
         if not hasattr(stream, "take"):
             raise UsageError(
-                f"StreamLoader(real_loader, stream): the second argument is a Stream, got a {type(stream).__name__}"
+                "StreamLoader(real_loader, stream): the second argument is a Stream, got a "
+                f"{type(stream).__name__}"
             )
         defaults = stream.loader_config or LoaderConfig()
         self.stream = stream
@@ -122,10 +128,10 @@ class StreamLoader:
         self._transform, self._normalize, self._workers = transform, normalize, transform_workers
         self._image_key, self._label_key, self._fill, self._classes = image_key, label_key, fill, classes
         self._check_arguments(ratio, displaced, batch_size)
-        if self._real is None:
-            self._size = batch_size or stream.config.batch_size
-        else:
-            self._size = getattr(real_loader, "batch_size", None)  # "defer" alone: images per delivered batch
+        # Images per delivered batch: without real images, and under "defer" (0 until the first batch tells).
+        self._size: int = batch_size or stream.config.batch_size
+        if self._real is not None:
+            self._size = getattr(real_loader, "batch_size", None) or 0
             self.ratio = defaults.ratio if ratio is None else ratio
 
         self._share = Share()
@@ -181,9 +187,10 @@ class StreamLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Forwarded to the real loader or to its sampler, whichever has it."""
-        loader = None if self._real is None else self._real.loader
+        loader: Any = None if self._real is None else self._real.loader
         nested = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        for target in (loader, getattr(loader, "sampler", None), nested):
+        targets: list[Any] = [loader, getattr(loader, "sampler", None), nested]
+        for target in targets:
             if hasattr(target, "set_epoch"):
                 target.set_epoch(epoch)
                 return
@@ -215,8 +222,9 @@ class StreamLoader:
             self._check_open()
             if self._running is not run:
                 raise UsageError(
-                    "this iterator is out of date: a newer one of the same StreamLoader has started, or a state was "
-                    "loaded. One loader feeds one loop at a time; build a second StreamLoader for a second loop"
+                    "this iterator is out of date: a newer one of the same StreamLoader has started, or a "
+                    "state was loaded. One loader feeds one loop at a time; build a second StreamLoader for "
+                    "a second loop"
                 )
             self._mid_step = True
         self._end_epoch()
@@ -286,8 +294,11 @@ class StreamLoader:
             yield (images, labels, torch.from_numpy(synthetic.ids)) if self.with_ids else (images, labels)
 
     def _compose(self, batch: Any, count: int, planned: int, total: int | None) -> Any:
-        """`batch` of `count` real images with `planned` synthetic ones: `total` in all, or added where it is None."""
-        synthetic = self._take(planned) if planned and self._prepare(batch) else None
+        """`count` real images with `planned` synthetic ones: `total` in all, or added where it is None."""
+        synthetic = None
+        if planned:
+            self._prepare(batch)
+            synthetic = self._take(planned)
         if synthetic is None or len(synthetic.ids) == 0:
             self._stats.real += count
             return batches.rebuild(batch, {}, _no_ids(count)) if self.with_ids else batch
@@ -356,16 +367,16 @@ class StreamLoader:
         front, rest = batches.select(rows, 0, count), batches.select(rows, count, held)
         return batches.rebuild(batch, front, None), batches.rebuild(batch, rest, None)
 
-    def _prepare(self, batch: Any) -> bool:
+    def _prepare(self, batch: Any) -> None:
         """At the first mixed batch: find its fields, and refuse where the two sides cannot go together."""
         if self._converter is not None:
-            return True
+            return
         layout = self._find_layout(batch)
         if layout.extra and self._fill is None:
             raise UsageError(
-                f"the batch has fields beside images and labels: {', '.join(map(repr, layout.extra))}; say what they "
-                "are for synthetic images with fill=f, f(key, synth_batch) -> tensor or list, or leave them out of "
-                "the batch"
+                f"the batch has fields beside images and labels: {', '.join(map(repr, layout.extra))}; say "
+                "what they are for synthetic images with fill=f, f(key, synth_batch) -> tensor or list, or "
+                "leave them out of the batch"
             )
         assert self._real is not None
         rows = layout.rows(batch)
@@ -377,7 +388,6 @@ class StreamLoader:
             transform = find_attribute(dataset, "transform")
         from_dataset = self._transform == "dataset" and transform is not None
         self._converter = self._make_converter(rows[layout.image_key], transform, from_dataset)
-        return True
 
     def _make_converter(self, real: torch.Tensor | None, transform: Any, from_dataset: bool) -> Converter:
         return Converter(
@@ -403,9 +413,11 @@ class StreamLoader:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, counted in batches yielded: numbers, the real loader's state and the stream's.
+        """Where the run stands, counted in batches yielded, with the real loader's state and the stream's.
 
-        The stream's state is None while no synthetic image was taken.
+        The real part is exact for a plain DataLoader (fast-forwarded, its random state put back) and as exact
+        as torchdata's own for a StatefulDataLoader, which forgets the position of a `generator=` given to it
+        when the next epoch begins. The stream's part is None while no synthetic image was taken.
         """
         self._check_open()
         if self._mid_step:
@@ -437,7 +449,8 @@ class StreamLoader:
         self._check_open()
         if state.get("version") != _STATE_VERSION:
             raise StateError(
-                f"a StreamLoader state of version {_STATE_VERSION} is needed, got version {state.get('version')!r}"
+                f"a StreamLoader state of version {_STATE_VERSION} is needed, got version "
+                f"{state.get('version')!r}"
             )
         for name, here in self._identity().items():
             if state[name] != here:
@@ -472,8 +485,8 @@ class StreamLoader:
         if self._real is None:
             if not isinstance(self.epoch_steps, int) or self.epoch_steps < 1:
                 raise UsageError(
-                    "without a real loader the epoch has no end: StreamLoader(None, stream, epoch_steps=1000), got "
-                    f"epoch_steps={self.epoch_steps!r}"
+                    "without a real loader the epoch has no end: StreamLoader(None, stream, "
+                    f"epoch_steps=1000), got epoch_steps={self.epoch_steps!r}"
                 )
             if ratio is not None:
                 raise UsageError("without a real loader every image is synthetic: leave ratio out")
@@ -484,8 +497,8 @@ class StreamLoader:
             return
         if not isinstance(self._real.loader, Iterable):
             raise UsageError(
-                f"the first argument is a loader of batches, got a {type(self._real.loader).__name__}; None with "
-                "epoch_steps= delivers synthetic images only"
+                f"the first argument is a loader of batches, got a {type(self._real.loader).__name__}; None "
+                "with epoch_steps= delivers synthetic images only"
             )
         if self.epoch_steps is not None or batch_size is not None:
             raise UsageError(
@@ -495,8 +508,8 @@ class StreamLoader:
             raise UsageError('displaced="defer" goes with mode="replace"; mode="append" displaces nothing')
         if self._defers and self.stream.config.starved == "real":
             raise UsageError(
-                'displaced="defer" delivers each real image once and has none to spare for stream.starved: real; '
-                'set it to wait or reuse, or use displaced="drop"'
+                'displaced="defer" delivers each real image once and has none to spare for '
+                'stream.starved: real; set it to wait or reuse, or use displaced="drop"'
             )
 
 
@@ -522,10 +535,11 @@ def _class_names(dataset: Any) -> list[str] | None:
 
 def _epoch_rows(loader: Any, length: int) -> tuple[int, int]:
     """(real images of an epoch, images per batch) of a loader that knows them. Raises TypeError otherwise."""
-    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    size: Any = getattr(loader, "batch_size", None)
+    sampler: Any = getattr(loader, "sampler", None)
     if not size or not hasattr(sampler, "__len__"):
         raise TypeError(
-            'the length under displaced="defer" follows from the loader\'s batch_size and the length of its sampler; '
+            'the length under displaced="defer" follows from the batch_size and the length of the sampler; '
             f"this {type(loader).__name__} lacks them"
         )
     return (length * size if getattr(loader, "drop_last", False) else len(sampler)), size

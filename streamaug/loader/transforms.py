@@ -1,6 +1,6 @@
 """Synthetic pixels in the real batch's form: the dataset's own transform, or a plain conversion in one pass.
 
-The loader's part of the picture between `Stream.take` and the merged batch, with the check of the first batch.
+In the loader, between `Stream.take` and the merged batch, with the check of the first batch.
 """
 
 import os
@@ -45,7 +45,8 @@ _DRAWS = {
 class SeededDraws(TorchFunctionMode):
     """Inside it, torch's random functions on the CPU draw from a generator of this thread's own.
 
-    The global generator is neither read nor moved, so threads cannot disturb each other's draws or the user's.
+    The global generator is neither read nor moved, so threads cannot disturb each other's draws or the
+    user's.
     """
 
     def __init__(self, seed: int):
@@ -82,15 +83,16 @@ class Appearance:
         return self.high - self.low
 
     def __str__(self) -> str:
-        return f"{_name(self.dtype)} {list(self.shape)}, values {self.low:.4g} to {self.high:.4g}{self.note}"
+        values = f"values {_short(self.low)} to {_short(self.high)}"
+        return f"{_name(self.dtype)} {list(self.shape)}, {values}{self.note}"
 
 
 class Converter:
     """uint8 synthetic images [n, C, H, W] to the real batch's dtype, shape, range, device and layout.
 
-    transform: called on each image where given, in `workers` threads; torch draws inside it depend on the seeds
-    handed in alone. `from_dataset` transforms get what they accept (a PIL image, a uint8 tensor or a float tensor in
-    [0, 1], tried in this order); other transforms get the uint8 tensor [C, H, W].
+    transform: called on each image where given, in `workers` threads; torch draws inside it depend on the
+    seeds handed in alone. `from_dataset` transforms get what they accept (a PIL image, a uint8 tensor or a
+    float tensor in [0, 1], tried in this order); other transforms get the uint8 tensor [C, H, W].
     normalize: (mean, std) per channel, for pixels scaled to [0, 1], used where no transform made floats.
     real: a batch of real images; None converts to float32 in [0, 1] with nothing to agree with.
     Raises MismatchError when the outcome does not look like the real images.
@@ -123,8 +125,8 @@ class Converter:
             self._form, made = self._choose_form(probes[-1], appearance, from_dataset)
             if made.is_floating_point() and normalize is not None:
                 raise UsageError(
-                    "normalize= and a transform that returns floats are both given; normalise in the transform, or "
-                    "pass transform=None"
+                    "normalize= and a transform that returns floats are both given; normalise in the "
+                    "transform, or pass transform=None"
                 )
             if real is None and made.is_floating_point():
                 self.dtype = made.dtype
@@ -151,9 +153,9 @@ class Converter:
         pixels = pixels.to(self.device, non_blocking=True)
         if pixels.dtype == torch.uint8:
             pixels = self._collect(pixels)
-        return (
-            pixels.to(self.dtype) if pixels.is_floating_point() and self.dtype.is_floating_point else pixels
-        )
+        if pixels.is_floating_point() and self.dtype.is_floating_point:
+            pixels = pixels.to(self.dtype)
+        return pixels
 
     def _collect(self, pixels: torch.Tensor) -> torch.Tensor:
         from streamaug.kernels.collect import collect
@@ -162,7 +164,7 @@ class Converter:
         if self.dtype == torch.uint8:
             return collect(pixels, index, dtype=torch.uint8, memory_format=self.format)
         mean, std = (_per_channel(values, pixels) for values in self._scale) if self._scale else (None, None)
-        dtype = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        dtype = self.dtype if self.dtype.is_floating_point else torch.float32
         return collect(pixels, index, mean=mean, std=std, dtype=dtype, memory_format=self.format)
 
     def _transformed(self, images: np.ndarray, key: tuple[int, ...]) -> torch.Tensor:
@@ -213,14 +215,14 @@ class Converter:
 
 
 def _check(real: Appearance, synthetic: Appearance, from_dataset: bool) -> None:
-    """`synthetic` describes black, white and shaded probes: the whole range that synthetic images can take."""
+    """`synthetic` describes black, white and shaded probes: the whole range of synthetic images."""
     if real.shape != synthetic.shape:
         _refuse(
             "shape",
             real,
             synthetic,
-            "set data.image_size and data.channels of the stream's configuration, or pass transform= (uint8 tensor "
-            f"[C, H, W] -> {list(real.shape)})",
+            "set data.image_size and data.channels of the stream's configuration, or pass transform= (uint8 "
+            f"tensor [C, H, W] -> {list(real.shape)})",
         )
     if real.dtype != synthetic.dtype:
         _refuse("dtype", real, synthetic, "pass transform= returning the real dtype, or transform=None")
@@ -235,8 +237,8 @@ def _check(real: Appearance, synthetic: Appearance, from_dataset: bool) -> None:
             "range",
             real,
             synthetic,
-            "pass normalize=(mean, std) as the real images are normalised, or transform= (uint8 tensor [C, H, W] -> "
-            "the real range)",
+            "pass normalize=(mean, std) as the real images are normalised, or transform= (uint8 tensor [C, "
+            "H, W] -> the real range)",
         )
 
 
@@ -260,7 +262,8 @@ def _per_channel(values: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
     vector = torch.as_tensor(values, dtype=torch.float32).flatten()
     if len(vector) not in (1, channels):
         raise UsageError(
-            f"normalize= has {len(vector)} values; the images have {channels} channels: give {channels}, or one"
+            f"normalize= has {len(vector)} values; the images have {channels} channels: give {channels}, or "
+            "one"
         )
     return vector.expand(channels).contiguous().to(pixels.device)
 
@@ -288,6 +291,10 @@ _FORMS: dict[str, Callable[[np.ndarray], Any]] = {
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _short(value: float) -> str:
+    return f"{round(value, 3):g}"
 
 
 def _on_cpu(args: Any, kwargs: Any) -> bool:

@@ -88,13 +88,13 @@ class UNet2D:
     Called as denoiser(x [B, C, H, W], timestep, labels int64 [B] or None) -> [B, C, H, W] in x's dtype.
     """
 
-    def __init__(self, unet: Any, *, null_class: int | None, device: torch.device, dtype: torch.dtype, channels_last: bool):
-        self.unet = unet.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    def __init__(self, unet: Any, *, null_class: int | None, device: torch.device, channels_last: bool):
+        self.unet = unet.to(device).eval().requires_grad_(False)
         if channels_last:
             self.unet = self.unet.to(memory_format=torch.channels_last)
         self.null_class = null_class
         self.num_classes = unet.config.num_class_embeds or 0
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = device, unet.dtype
 
     @classmethod
     def load(
@@ -104,13 +104,15 @@ class UNet2D:
         from diffusers import UNet2DModel
 
         try:
-            unet = UNet2DModel.from_pretrained(info.path / "unet", use_safetensors=True, low_cpu_mem_usage=False)
+            unet = UNet2DModel.from_pretrained(
+                info.path / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{info.path}: the weights cannot be loaded: {error}") from None
         broken = [name for name, value in unet.state_dict().items() if not torch.isfinite(value).all()]
         if broken:
             raise ModelError(f"{info.path}: weights with NaN or infinity, first in {broken[0]} ({len(broken)} tensors)")
-        return cls(unet, null_class=null_class, device=device, dtype=dtype, channels_last=channels_last)
+        return cls(unet, null_class=null_class, device=device, channels_last=channels_last)
 
     @property
     def conditional(self) -> bool:

@@ -70,7 +70,7 @@ class Sampler:
         coef = coef.to(device)
         index = torch.zeros(1, dtype=torch.int64, device=device)
 
-        x = latents.to(device, torch.float32).contiguous()
+        x = latents.to(device, torch.float32, copy=True).contiguous()
         history = torch.zeros((HISTORY, *x.shape), device=device)
         halves = 2 if guided else 1
         net_in = (x * table.in_first).to(dtype).repeat(halves, 1, 1, 1)

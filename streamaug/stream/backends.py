@@ -1,11 +1,12 @@
 """Who runs producers: a thread (`local`) or a process of its own (`process`), behind one interface.
 
-A backend for other machines implements the same interface: its producer object lives on the trainer's machine and
-puts what arrives into the same ring.
+A backend for other machines implements the same interface: its producer object lives on the trainer's machine
+and puts what arrives into the same ring.
 """
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from typing import Protocol
 from streamaug.stream.memory import Memory
 from streamaug.stream.producer import build_engine, serve
 from streamaug.stream.ring import Layout, Mailboxes, Ring
+
+log = logging.getLogger("streamaug")
 
 _TAIL_NBYTES = 16384  # of what a producer prints, the end is kept
 _LEAVE_SECONDS = 0.5  # what a producer gets to leave by itself
@@ -145,6 +148,7 @@ class ProcessProducer:
         self._pidfd: int | None = None
         self._end = "it was not started"
         self._tail = b""
+        self._line = b""  # printed so far of the last line
 
     @property
     def pid(self) -> int | None:
@@ -172,6 +176,7 @@ class ProcessProducer:
             "mailboxes": lane.mailboxes_shape,
             "fds": fds,
         }
+        self._end = "still running"
         self._tail = b""
         output, producers_end = os.pipe()
         os.set_blocking(output, False)
@@ -191,7 +196,7 @@ class ProcessProducer:
         finally:
             os.close(producers_end)
         self._process, self._output = process, output
-        if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(OSError, AttributeError):  # without it, the keeper looks at intervals
             self._pidfd = os.pidfd_open(process.pid)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # a death is noticed elsewhere
@@ -215,6 +220,9 @@ class ProcessProducer:
                 os.close(self._output)
                 self._output = None
             self._tail = (self._tail + text)[-_TAIL_NBYTES:]
+            *lines, self._line = (self._line + text).split(b"\n")
+            for line in lines:
+                _log_again(line.decode(errors="replace"))
 
     def kill(self) -> None:
         if self._process is not None:
@@ -243,6 +251,16 @@ class ProcessProducer:
         for fd in self.watch_fds:
             os.close(fd)
         self._pidfd = self._output = None
+
+
+def _log_again(line: str) -> None:
+    """Log what a producer printed: its own log records at their level, the rest for debugging."""
+    level, _, rest = line.partition(" ")
+    known = logging.getLevelNamesMapping().get(level)
+    if known is not None and rest.startswith("streamaug"):
+        log.log(known, "producer: %s", rest.partition(": ")[2])
+    else:
+        log.debug("producer: %s", line)
 
 
 def _has_exited(pid: int) -> bool:

@@ -9,10 +9,10 @@ import numpy as np
 class SynthBatch:
     """n synthetic images with where they come from; numpy arrays of their own, shared with nobody.
 
-    images: uint8 [n, C, H, W]; labels, label_b: int64 [n]; label_mix: float32 [n], the weight of label_b in [0, 1];
-    ids: int64 [n], unique in a run; scores: float32 [n], from the judge; rows: int64 [n], the bank row of the first
-    anchor (-1 for none); starts: int64 [n], the solver step at which the image entered the schedule; fresh: bool
-    [n], False for an image that was delivered before.
+    images: uint8 [n, C, H, W]; labels, label_b: int64 [n]; label_mix: float32 [n], the weight of label_b in
+    [0, 1]; ids: int64 [n], unique in a run; scores: float32 [n], from the judge; rows: int64 [n], the bank
+    row of the first anchor (-1 for none); starts: int64 [n], the solver step at which the image entered the
+    schedule; fresh: bool [n], False for an image that was delivered before.
     """
 
     images: np.ndarray
@@ -79,7 +79,7 @@ class Recent:
             self._clock += len(part)
 
     def serve(self, to: SynthBatch, begin: int, n: int) -> int:
-        """Copy up to n images to to[begin:], the least used and then the newest first; returns how many."""
+        """Copy up to n different images to to[begin:], the least used and then the newest first; returns how many."""
         usable = np.flatnonzero((self._added >= 0) & (self._uses < self._max_reuse))
         order = np.lexsort((-self._added[usable], self._uses[usable]))
         chosen = usable[order[:n]]

@@ -21,8 +21,8 @@ class Engine(Protocol):
         """Use this state (uint8, flat) of the live judge from now on."""
 
     def make(self, order: OrderBatch, slot: Slot) -> int:
-        """Execute the order: fill the slot (see `Slot`; ids and labels come from the order) and return how many
-        images were accepted. What is written may depend on the order and the judge's version only.
+        """Execute the order: fill the slot (see `Slot`; ids and labels come from the order) and return how
+        many images were accepted. What is written may depend on the order and the judge's version only.
 
         Call `slot.beat()` between stages and solver steps: it tells the trainer that work goes on, and raises
         `Abandoned` when nobody wants the batch any more: let that pass.

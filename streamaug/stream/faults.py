@@ -1,8 +1,8 @@
 """Named points of the ring's protocol at which a producer can be made to kill itself, for tests.
 
-STREAMAUG_FAULT="mid_write:3" kills the first incarnation of a producer when it reaches that point with its batch
-number 3. The points: before_ready, before_order, mid_write (called by an engine), after_make, before_publish,
-after_publish.
+STREAMAUG_FAULT="mid_write:3" kills the first incarnation of a producer when it reaches that point with its
+batch number 3. The points: before_ready, before_order, mid_write (called by an engine), after_make,
+before_publish, after_publish.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""The producers of one stream: allocates their rings, starts them, notices deaths and hangs, replaces, ends them."""
+"""The producers of one stream: allocates their rings, starts them, notices deaths and hangs, replaces, ends
+them."""
 
 import logging
 import os
@@ -44,8 +45,8 @@ class _Watch:
 class Fleet:
     """`config.producers` producers and their rings. Nothing is allocated before `start`.
 
-    A thread, the keeper, starts producers and replaces dead ones at once, also while the trainer is busy elsewhere.
-    All other methods are for the trainer's thread.
+    A thread, the keeper, starts producers and replaces dead ones at once, also while the trainer is busy
+    elsewhere. All other methods are for the trainer's thread.
     """
 
     def __init__(self, config: StreamConfig, backend: str, layout: Layout, judge_nbytes: int, work: Work):
@@ -90,11 +91,12 @@ class Fleet:
 
     def start(self) -> None:
         """Allocate the rings and start the producers, without waiting for them to be ready."""
+        self.check()
         self._require_memory()
         try:
             self._allocate()
         except BaseException as error:
-            self._release()
+            self.release()
             if isinstance(error, OSError):
                 raise StreamaugError(f"the ring cannot be made: {error.strerror} (see ulimit -n)") from None
             raise
@@ -129,21 +131,28 @@ class Fleet:
         if self._closed:
             raise StreamaugError("the stream was closed")
 
-    def close(self) -> None:
-        """End all producers and give the memory back. Does nothing in a process forked from the trainer."""
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def stop(self) -> None:
+        """End all producers. Does nothing in a process forked from the trainer."""
         if os.getpid() != self._owner:
             return
         self._closed = True
-        if self._keeper is None or self._stir is None:
-            return
-        os.write(self._stir[1], b"!")
-        if threading.current_thread() is self._keeper:
-            self._release_in_keeper = True  # garbage collection may strike on any thread
-        else:
+        if self._keeper is not None and self._stir is not None:
+            os.write(self._stir[1], b"!")
             self._keeper.join()
-            self._release()
 
-    def _release(self) -> None:
+    def close(self) -> None:
+        """End all producers and give the memory back."""
+        if threading.current_thread() is self._keeper:  # garbage collection may strike on any thread
+            self._closed = self._release_in_keeper = True
+        elif os.getpid() == self._owner:
+            self.stop()
+            self.release()
+
+    def release(self) -> None:
         for watch in self._watches:
             watch.lane.close()
         self._watches = []
@@ -187,8 +196,8 @@ class Fleet:
             )
             self._watches.append(_Watch(_BACKENDS[self.backend](lane, self.work), lane))
 
-    # The keeper's thread. Producers are started here because on Linux a producer dies with the thread that started
-    # it: this one lives exactly as long as the fleet, whichever thread the user calls from.
+    # The keeper's thread. Producers are started here because on Linux a producer dies with the thread that
+    # started # it: this one lives exactly as long as the fleet, whichever thread the user calls from.
 
     def _keep(self) -> None:
         try:
@@ -199,7 +208,8 @@ class Fleet:
             while not self._closed:
                 self._doze()
                 now = time.monotonic()
-                # A gap longer than a look means that we were stopped ourselves: it is no evidence against producers.
+                # A gap longer than a look means that we were stopped ourselves: it is no evidence against
+                # producers.
                 elapsed, last = min(now - last, 2 * _LOOK_SECONDS), now
                 for watch in self._watches:
                     self._look(watch, now, elapsed)
@@ -216,15 +226,16 @@ class Fleet:
         for watch in self._watches:
             watch.producer.stop()
         if self._release_in_keeper:
-            self._release()
+            self.release()
 
     def _doze(self) -> None:
         poll = select.poll()
         assert self._stir is not None
         poll.register(self._stir[0], select.POLLIN)
-        for watch in self._watches:
-            for fd in watch.producer.watch_fds:
-                poll.register(fd, select.POLLIN)
+        if self._failure is None:
+            for watch in self._watches:
+                for fd in watch.producer.watch_fds:
+                    poll.register(fd, select.POLLIN)
         poll.poll(_LOOK_SECONDS * 1000)
 
     def _spawn(self, watch: _Watch) -> None:
@@ -248,7 +259,8 @@ class Fleet:
                 watch.producer.kill()
                 self._failed(
                     ProducerError(
-                        f"a producer was not ready after {self.config.start_timeout:g} s (stream.start_timeout)"
+                        f"a producer was not ready after {self.config.start_timeout:g} s "
+                        f"(stream.start_timeout): {watch.producer.last_words()}"
                     )
                 )
         elif ring.state == READY:
@@ -273,8 +285,8 @@ class Fleet:
             if not watch.producer.can_restart:
                 self._failed(
                     ProducerError(
-                        f"the producer's thread made no progress for {watch.stalled:.0f} s (stream.hang_timeout); "
-                        "only stream.backend: process can replace a hung producer"
+                        f"the producer's thread made no progress for {watch.stalled:.0f} s "
+                        "(stream.hang_timeout); only stream.backend: process can replace a hung producer"
                     )
                 )
 
@@ -310,7 +322,8 @@ def _name(watch: _Watch) -> str:
 
 
 def _remote_error(ring: Ring) -> StreamaugError:
-    """The exception a producer left, as the trainer raises it: a refusal keeps its class, the rest is ProducerError."""
+    """The exception a producer left, as the trainer raises it: a refusal keeps its class, the rest is
+    ProducerError."""
     report = ring.error()
     where = "while starting" if report["k"] is None else f"in batch {report['k']}"
     kind = getattr(errors, report["type"], None)

@@ -1,9 +1,10 @@
 """Where ring slots live: shared memory that has no name, held by file descriptor only.
 
-A block without a name cannot outlive the processes that map it, whatever kills them: there is nothing to clean up.
+A block without a name cannot outlive the processes that map it, whatever kills them: there is nothing to
+clean up.
 """
 
-import fcntl
+import contextlib
 import mmap
 import os
 import tempfile
@@ -18,7 +19,8 @@ SHM_FOLDER = "/dev/shm"
 
 
 class Memory:
-    """`nbytes` of zeroed memory. `view` is its buffer; `fd` is what another process maps (None when private)."""
+    """`nbytes` of zeroed memory. `view` is its buffer; `fd` is what another process maps (None when
+    private)."""
 
     def __init__(self, nbytes: int, fd: int | None):
         flags = getattr(mmap, "MAP_POPULATE", 0)
@@ -45,8 +47,8 @@ class Memory:
             if fd is not None:
                 os.close(fd)
             raise MemoryTooSmall(
-                f"the ring needs {human(nbytes)} and the system refused it ({error.strerror}, stream.memory: {kind}); "
-                f"{_WHAT_HELPS}"
+                f"the ring needs {human(nbytes)} and the system refused it ({error.strerror}; "
+                f"stream.memory: {kind}); {_WHAT_HELPS}"
             ) from None
 
     @classmethod
@@ -60,10 +62,8 @@ class Memory:
             os.close(self.fd)
             self.fd = None
         self.view = memoryview(b"")
-        try:
+        with contextlib.suppress(BufferError):
             self._map.close()
-        except BufferError:
-            pass
 
 
 def choose(setting: str) -> Kind:
@@ -76,7 +76,8 @@ def choose(setting: str) -> Kind:
 
 
 def available(kind: Kind) -> int:
-    """Bytes that a new block of this kind can have: free memory, the container's limit, the file system's space."""
+    """Bytes that a new block of this kind can have: free memory, the container's limit, the file system's
+    space."""
     limits = [_system_memory(), _container_memory()]
     if kind == "shm":
         limits.append(_space(SHM_FOLDER))
@@ -100,7 +101,7 @@ def require(kind: Kind, nbytes: int, what: str) -> None:
 def human(nbytes: int) -> str:
     """A byte count as people write it: 64.0 MB."""
     size, unit = float(nbytes), "bytes"
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):  # noqa: B007
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             break
         size /= 1000
@@ -114,8 +115,7 @@ _WHAT_HELPS = (
 
 
 def _open_memfd() -> int:
-    fd = os.memfd_create("streamaug", os.MFD_CLOEXEC)
-    return fd
+    return os.memfd_create("streamaug", os.MFD_CLOEXEC)
 
 
 def _open_shm() -> int:

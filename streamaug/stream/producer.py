@@ -1,13 +1,14 @@
 """The producer: takes orders from its ring, runs the engine on them and publishes what it made.
 
-`serve` is the loop, the same in a thread and in a process of its own. `python -m streamaug.stream.producer` is that
-process: it reads what to run as JSON from its standard input.
+`serve` is the loop, the same in a thread and in a process of its own. `python -m streamaug.stream.producer`
+is that process: it reads what to run as JSON from its standard input.
 """
 
 import contextlib
 import ctypes
 import importlib
 import json
+import logging
 import os
 import random
 import select
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from streamaug.orders import OrderBatch
+from streamaug.orders import REASONS, OrderBatch
 from streamaug.stream import faults
 from streamaug.stream.engine import Abandoned, Engine
 from streamaug.stream.faults import fault
@@ -30,11 +31,13 @@ from streamaug.stream.memory import Memory
 from streamaug.stream.ring import STAGES, Layout, Mailboxes, Ring
 
 IDLE_SECONDS = 0.25  # what a lost wake-up costs at most
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the trainer logs such lines again, at their level
 _LOOK_SECONDS = 0.2  # how often a producer looks whether its trainer is still there
 
 
 def serve(ring: Ring, mailboxes: Mailboxes | None, wake: socket.socket, build: Callable[[], Engine]) -> None:
-    """Build the engine and make orders until the trainer closes the ring. An exception is left in the ring."""
+    """Build the engine and make orders until the trainer closes the ring. An exception is left in the
+    ring."""
     loop = _Loop(ring, mailboxes, wake)
     try:
         loop.run(build())
@@ -108,22 +111,25 @@ class _Loop:
             raise Abandoned
 
     def _load_judge(self, engine: Engine, version: int, post: int) -> None:
-        """Wait for exactly the state the order names: never an older one, never a newer one."""
+        """Use exactly the state that the order names: never an older one, never a newer one."""
         if self.mailboxes is None or post == self._judge_post:
             return
-        while (state := self.mailboxes.read(post)) is None:
-            self._beat()
-            wait([self.wake], IDLE_SECONDS)
+        state = self.mailboxes.read(post)
+        if state is None:
+            self._beat()  # it was overwritten because nobody wants the batch any more
+            raise RuntimeError(f"version {version} of the judge is not in the mailboxes")
         engine.load_judge(version, state)
         self._judge_post = post
 
 
 def _check(count: int, reasons: np.ndarray, order: OrderBatch) -> None:
+    if reasons.max() >= len(REASONS):
+        raise ValueError(f"batch {order.k}: reason {reasons.max()} is not an index into {REASONS}")
     rejected = int(np.count_nonzero(reasons))
     if count + rejected != len(order):
         raise ValueError(
-            f"batch {order.k}: of {len(order)} orders the engine accepted {count} and gave {rejected} a reason "
-            "for rejection; every order is one or the other"
+            f"batch {order.k}: of {len(order)} orders the engine accepted {count} and gave {rejected} a "
+            "reason for rejection; every order is one or the other"
         )
 
 
@@ -156,6 +162,7 @@ def build_engine(engine: str, options: dict, prepare: Callable[[], None] | None 
 def main() -> None:
     """The producer process. Its trainer's death ends it, whatever it is doing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     spec: dict[str, Any] = json.load(sys.stdin)
     wake = socket.socket(fileno=spec["fds"]["wake"])
     _die_with(spec["trainer_pid"], wake)

@@ -1,9 +1,10 @@
-"""The ring between trainer and producer: sequence numbers, slots and judge mailboxes laid out in shared memory.
+"""The ring between trainer and producer: sequence numbers, slots and judge mailboxes laid out in shared
+memory.
 
-The trainer writes an order into a slot and then raises `issued`; the producer fills the slot's images and then
-raises `published`. Both numbers only grow, each has one writer, and each is raised after the data it speaks of:
-they are the only truth. A slot that was being written when its producer died was never published; a new producer
-reads `published` and makes the same order again.
+The trainer writes an order into a slot and then raises `issued`; the producer fills the slot's images and
+then raises `published`. Both numbers only grow, each has one writer, and each is raised after the data it
+speaks of: they are the only truth. A slot that was being written when its producer died was never published;
+a new producer reads `published` and makes the same order again.
 """
 
 import json
@@ -72,9 +73,9 @@ class Layout:
 class Slot:
     """Views into one slot. Accepted images are compacted to the front, in the order they were asked for.
 
-    images: uint8 [B, C, H, W]; ids, labels: int64 [B]; scores: float32 [B]; source: int64 [B], the position in the
-    order batch of each accepted image; reasons: uint8 [B], by position in the order batch, 0 for accepted.
-    Only the first `count` entries of images, ids, labels, scores and source mean anything.
+    images: uint8 [B, C, H, W]; ids, labels: int64 [B]; scores: float32 [B]; source: int64 [B], the position
+    in the order batch of each accepted image; reasons: uint8 [B], by position in the order batch, 0 for
+    accepted. Only the first `count` entries of images, ids, labels, scores and source mean anything.
     """
 
     def __init__(self, buffer: memoryview, layout: Layout):
@@ -117,7 +118,9 @@ class Slot:
         order.write(self._order)
         self._meta[_JUDGE_POST] = judge_post
 
-    def finish(self, count: int, *, abandoned: bool, began_ns: int, ended_ns: int, stage_ns: list[int]) -> None:
+    def finish(
+        self, count: int, *, abandoned: bool, began_ns: int, ended_ns: int, stage_ns: list[int]
+    ) -> None:
         """Producer: complete the slot, before publishing it."""
         self._meta[:_FIRST_STAGE] = (count, abandoned, began_ns, ended_ns)
         self._meta[_FIRST_STAGE : _FIRST_STAGE + len(STAGES)] = stage_ns
@@ -143,7 +146,8 @@ class Slot:
 
 
 class Ring:
-    """One producer's ring, seen from either side. Sequence numbers count from 0; number n lives in slot n % slots."""
+    """One producer's ring, seen from either side. Sequence numbers count from 0; number n lives in slot n %
+    slots."""
 
     def __init__(self, memory: Memory, layout: Layout):
         self.layout = layout
@@ -251,8 +255,8 @@ class Ring:
 class Mailboxes:
     """States of the live judge, `count` of them, posted by the trainer and read by every producer.
 
-    Posts have growing numbers. The trainer overwrites only a post that no undelivered order names, so a state stays
-    readable for as long as it can be asked for.
+    Posts have growing numbers. The trainer overwrites only a post that no undelivered order names, so a state
+    stays readable for as long as it can be asked for.
     """
 
     def __init__(self, memory: Memory, count: int, state_nbytes: int):
@@ -295,7 +299,8 @@ _lock = threading.Lock()
 
 
 def _fence() -> None:
-    """Order memory accesses on processors that reorder them: two lock cycles are a full barrier between them."""
+    """Order memory accesses on processors that reorder them: two lock cycles are a full barrier between
+    them."""
     with _lock:
         pass
     with _lock:

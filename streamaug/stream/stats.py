@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from streamaug.orders import OrderBatch
+from streamaug.orders import REASONS, OrderBatch
 from streamaug.stream.ring import STAGES, Slot
-
-DEFAULT_REASONS = ("accepted",)  # names of the codes in Slot.reasons; others are shown as "reason N"
 
 
 @dataclass(frozen=True)
 class StreamStats:
-    """A moment's figures. Seconds are seconds, shares are in [0, 1], counts are images unless named otherwise."""
+    """A moment's figures. Seconds are seconds, shares are in [0, 1], counts are images unless named
+    otherwise."""
 
     made: int  # generated, whether accepted or not
     accepted: int
@@ -34,13 +33,16 @@ class StreamStats:
     wait_p99_seconds: float
     images_per_second: float  # made, by the wall clock since the first batch was begun
     images_per_second_busy: float  # made, by the time producers were at work, all producers together
+    delivered_per_second: float  # by the wall clock since the first batch arrived
     ring_fill: float  # share of the orders in flight that are made and not yet taken
     time_to_first_batch_seconds: float | None
     restarts: int
     stage_seconds: dict[str, float]
     busy_share: float  # of the producers' time
     limit: str  # what limits the rate, in words
-    timeline: list[tuple[float, float, int, int]] = field(repr=False)  # (began, ended, k, accepted) since start
+    timeline: list[tuple[float, float, int, int]] = field(
+        repr=False
+    )  # (began, ended, k, accepted) since start
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts: ready for JSON."""
@@ -48,24 +50,26 @@ class StreamStats:
 
 
 class Recorder:
-    """Counts. `num_classes` and `batch_size` are the planner's."""
+    """Counts what arrives and what is delivered."""
 
-    TIMELINE = 20_000  # batches remembered
+    TIMELINE = 8_192  # batches remembered
+    RECENT = 64  # batches whose rate counts
     WAITS = 4_096  # calls of take remembered
 
-    def __init__(self, class_names: list[str], reasons: tuple[str, ...], producers: int):
+    def __init__(self, class_names: list[str], producers: int):
         self._names = class_names
-        self._reasons = reasons
         self._producers = producers
         count = len(class_names)
         self._asked = np.zeros(count, np.int64)
         self._accepted = np.zeros(count, np.int64)
         self._delivered = np.zeros(count, np.int64)
-        self._rejected = np.zeros((count, 256), np.int64)
+        self._rejected = np.zeros((count, len(REASONS)), np.int64)
         self._stage_ns = np.zeros(len(STAGES), np.int64)
         self._busy_ns = 0
         self._span_ns: tuple[int, int] | None = None  # the first began, the last ended
         self._age_ns = 0
+        self.batches = 0
+        self._seconds: deque[float] = deque(maxlen=self.RECENT)
         self._timeline: deque[tuple[int, int, int, int]] = deque(maxlen=self.TIMELINE)
         self._waits: deque[float] = deque(maxlen=self.WAITS)
         self._stall = 0.0
@@ -92,6 +96,10 @@ class Recorder:
         self._asked += asked
         self._accepted += accepted
         began, ended = slot.span_ns
+        self.batches += 1
+        if self.batches == self._producers + 1:
+            self._seconds.clear()  # each producer's first batch also warmed it up
+        self._seconds.append((ended - began) / 1e9)
         self._timeline.append((began, ended, order.k, slot.count))
         self._stage_ns += slot.stage_ns
         self._busy_ns += ended - began
@@ -119,26 +127,19 @@ class Recorder:
         self._stall += seconds
 
     @property
-    def batches(self) -> int:
-        return len(self._timeline)
-
-    @property
     def acceptance(self) -> float:
         return _share(self._accepted.sum(), self._asked.sum())
 
     def rate(self) -> float | None:
-        """Images made per second by all producers together; None before the first batch arrived.
+        """Images made per second by all producers together, never waiting; None before the first batch
+        arrived.
 
-        The median over recent batches; the first ones, which warm up, count only while there are no others.
+        From the median over recent batches; those that warmed a producer up count while there are no others.
         """
-        spans = list(self._timeline)[-64:]
-        if self.batches > self._producers:
-            spans = [span for span in spans if span not in list(self._timeline)[: self._producers]]
-        if not spans:
+        if not self._seconds:
             return None
-        seconds = float(np.median([ended - began for began, ended, _, _ in spans])) / 1e9
-        size = int(self._asked.sum()) / max(self.batches, 1)
-        return self._producers * size / max(seconds, 1e-9)
+        size = int(self._asked.sum()) / self.batches
+        return self._producers * size / max(float(np.median(self._seconds)), 1e-9)
 
     def summary(self) -> str:
         """Acceptance per class and reason, for the error that nothing passes."""
@@ -146,7 +147,9 @@ class Recorder:
         for at, name in enumerate(self._names):
             if self._asked[at]:
                 why = ", ".join(f"{reason} {n}" for reason, n in self._rejected_of(at).items())
-                lines.append(f"  {name}: {self._accepted[at]} of {self._asked[at]} accepted ({why or 'no rejection'})")
+                lines.append(
+                    f"  {name}: {self._accepted[at]} of {self._asked[at]} accepted ({why or 'no rejection'})"
+                )
         return "\n".join(lines)
 
     def stats(self, ring_fill: float, restarts: int) -> StreamStats:
@@ -157,6 +160,7 @@ class Recorder:
         wall, busy = (ended - began) / 1e9, self._busy_ns / 1e9
         waits = np.array(self._waits) if self._waits else np.zeros(1)
         start = self.started_ns or 0
+        running = (time.monotonic_ns() - self.first_batch_ns) / 1e9 if self.first_batch_ns else 0.0
         stage_seconds = dict(zip(STAGES, (self._stage_ns / 1e9).tolist(), strict=True))
         return StreamStats(
             made=made,
@@ -182,6 +186,7 @@ class Recorder:
             wait_p99_seconds=float(np.percentile(waits, 99)),
             images_per_second=made / wall if wall else 0.0,
             images_per_second_busy=self._producers * made / busy if busy else 0.0,
+            delivered_per_second=delivered / running if running else 0.0,
             ring_fill=ring_fill,
             time_to_first_batch_seconds=(self.first_batch_ns - start) / 1e9 if self.first_batch_ns else None,
             restarts=restarts,
@@ -193,10 +198,7 @@ class Recorder:
 
     def _rejected_of(self, at: int) -> dict[str, int]:
         codes = np.flatnonzero(self._rejected[at])
-        return {self._reason(code): int(self._rejected[at, code]) for code in codes}
-
-    def _reason(self, code: int) -> str:
-        return self._reasons[code] if code < len(self._reasons) else f"reason {code}"
+        return {REASONS[code]: int(self._rejected[at, code]) for code in codes}
 
     def _limit(self, stage_seconds: dict[str, float], wall: float, busy: float) -> str:
         if self.batches < 2:
@@ -207,7 +209,9 @@ class Recorder:
             share = stage_seconds[slowest] / busy if busy else 0.0
             detail = f": {slowest} takes {share:.0%} of its time" if share else ""
             return f"the producer limits training{detail}"
-        return f"training limits: producers are busy {min(busy / (wall * self._producers), 1.0):.0%} of the time"
+        return (
+            f"training limits: producers are busy {min(busy / (wall * self._producers), 1.0):.0%} of the time"
+        )
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,8 +1,10 @@
-"""How much of each class to order: the target, moved by the classifier's losses and by what the judge rejects.
+"""How much of each class to order: the target, moved by the classifier's losses and by what the judge
+rejects.
 
 Everything here is float64 arithmetic on what was consumed, in order, so that it is the same after a restart.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,9 @@ class Steering:
         self._asked = np.zeros(count)
         self._accepted = np.zeros(count)
 
+    def copy(self) -> "Steering":
+        return copy.copy(self)  # arrays are replaced, never changed
+
     def observe(self, labels: np.ndarray, losses: np.ndarray) -> None:
         """Feedback: labels int64 [n], losses float64 [n] of the classifier on images it trained on."""
         count = len(self.target)
@@ -32,6 +37,7 @@ class Steering:
         seen = number > 0
         mean = total[seen] / number[seen]
         old = self._losses[seen]
+        self._losses = self._losses.copy()
         self._losses[seen] = np.where(np.isnan(old), mean, _LOSS_MEMORY * old + (1 - _LOSS_MEMORY) * mean)
 
     def consumed(self, asked: np.ndarray, accepted: np.ndarray) -> None:
@@ -40,7 +46,8 @@ class Steering:
         self._accepted = self._accepted * _ACCEPTANCE_MEMORY + accepted
 
     def classes(self) -> np.ndarray:
-        """Class weights for the next orders, float64 [C]; the target itself while nothing speaks against it."""
+        """Class weights for the next orders, float64 [C]; the target itself while nothing speaks against
+        it."""
         weights = self.target
         if not np.isnan(self._losses).all() and np.nanmean(self._losses) > 0:
             harder = np.nan_to_num(self._losses / np.nanmean(self._losses), nan=1.0)
@@ -62,7 +69,9 @@ class Steering:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Steering":
         steering = cls(np.array(state["target"], np.float64))
-        steering._losses = np.array([np.nan if loss is None else loss for loss in state["losses"]], np.float64)
+        steering._losses = np.array(
+            [np.nan if loss is None else loss for loss in state["losses"]], np.float64
+        )
         steering._asked = np.array(state["asked"], np.float64)
         steering._accepted = np.array(state["accepted"], np.float64)
         return steering
@@ -75,17 +84,16 @@ def bounded(wanted: np.ndarray, base: np.ndarray, low: float, high: float) -> np
     """
     base = base / base.sum()
     lower, upper = low * base, high * base
-    positive = wanted > 0
-    if not positive.any():
-        return base
-    # The total grows with the scale: bisect for the scale at which it is 1.
-    ratios = upper[positive] / wanted[positive]
-    below, above = 0.0, float(ratios.max())
-    for _ in range(60):
-        scale = (below + above) / 2
-        if np.clip(scale * wanted, lower, upper).sum() < 1.0:
-            below = scale
-        else:
-            above = scale
-    shares = np.clip(above * wanted, lower, upper)
+    wanted = np.maximum(wanted, 1e-9 * wanted.max())
+    # The sum of clip(scale * wanted, lower, upper) grows with the scale, linearly between the points at which
+    # a class # leaves its lower or reaches its upper bound: walk along these to where it is 1.
+    points = np.concatenate([lower / wanted, upper / wanted])
+    order = np.argsort(points, kind="stable")
+    points = points[order]
+    slopes = np.cumsum(np.concatenate([wanted, -wanted])[order])
+    totals = lower.sum() + np.concatenate([[0.0], np.cumsum(slopes[:-1] * np.diff(points))])
+    at = int(np.clip(np.searchsorted(totals, 1.0), 1, len(points) - 1))
+    slope = slopes[at - 1]
+    scale = points[at - 1] + (1.0 - totals[at - 1]) / slope if slope > 0 else points[at]
+    shares = np.clip(scale * wanted, lower, upper)
     return shares / shares.sum()

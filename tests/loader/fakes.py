@@ -1,5 +1,8 @@
 """A stream without a producer: image i is a function of i alone, so tests can tell what was delivered."""
 
+import os
+import signal
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -77,6 +80,15 @@ class FailingImages(Images):
     def __getitem__(self, index):
         if index == 20:
             raise RuntimeError("unreadable image 20")
+        return super().__getitem__(index)
+
+
+class DyingImages(Images):
+    """Kills the worker process that reads image 20."""
+
+    def __getitem__(self, index):
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
 

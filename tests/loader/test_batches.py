@@ -19,7 +19,9 @@ def batches_of(make, count=4, rows=8):
     out = []
     for start in range(0, count * rows, rows):
         items = [dataset[start + i] for i in range(rows)]
-        out.append(make(torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])))
+        out.append(
+            make(torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items]))
+        )
     return out
 
 
@@ -67,13 +69,16 @@ def test_append_adds_the_share_and_keeps_every_real_image_in_order():
     loader = StreamLoader(real_loader(), FakeStream(), ratio=0.2, mode="append", with_ids=True)
     delivered = list(loader)
     assert [len(batch[0]) for batch in delivered] == [10] * 5
-    assert sum((real_indices(batch) for batch in delivered), []) == list(range(40))
+    assert [index for batch in delivered for index in real_indices(batch)] == list(range(40))
     assert loader.stats().displaced == 0
 
 
 def test_synthetic_images_stand_at_places_drawn_by_seed_and_step():
     def ids(seed, stream=None):
-        return [b[2].tolist() for b in StreamLoader(real_loader(), stream or FakeStream(), 0.5, seed=seed, with_ids=True)]
+        return [
+            b[2].tolist()
+            for b in StreamLoader(real_loader(), stream or FakeStream(), 0.5, seed=seed, with_ids=True)
+        ]
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
@@ -147,27 +152,50 @@ def test_mixed_labels_with_integer_labels_are_refused_with_the_way_out():
 
 
 def test_extra_fields_are_refused_without_fill_and_filled_with_it():
-    real = batches_of(lambda x, y: {"image": x, "label": y, "weight": torch.ones(8), "path": [f"{i}" for i in range(8)]})
-    with pytest.raises(UsageError, match=r"'weight', 'path'.*fill="):
-        next(iter(StreamLoader(real, FakeStream(), ratio=0.5)))
+    def make(x, y):
+        paths = [str(i) for i in range(8)]
+        return {
+            "image": x,
+            "label": y,
+            "weight": torch.ones(8),
+            "path": paths,
+            "row": np.arange(8),
+            "split": "train",
+        }
+
+    with pytest.raises(UsageError, match=r"'weight', 'path', 'row'.*(?s:.*)fill="):
+        next(iter(StreamLoader(batches_of(make), FakeStream(), ratio=0.5)))
 
     def fill(key, synthetic):
-        return [f"synthetic {i}" for i in synthetic.ids] if key == "path" else np.full(len(synthetic), 0.5)
+        return {
+            "weight": np.full(len(synthetic), 0.5),
+            "path": [f"synthetic {i}" for i in synthetic.ids],
+            "row": synthetic.ids + 1000,
+        }[key]
 
-    for mode in ("replace", "append"):
-        batch = next(iter(StreamLoader(real, FakeStream(), 0.5, mode, fill=fill, with_ids=True)))
-        synthetic = batch["synthetic_ids"] >= 0
-        assert (batch["weight"][synthetic] == 0.5).all() and (batch["weight"][~synthetic] == 1).all()
-        for path, i in zip(batch["path"], batch["synthetic_ids"].tolist(), strict=True):
-            assert path == f"synthetic {i}" if i >= 0 else path.isdigit()
+    for mode, displaced in (("replace", None), ("append", None), ("replace", "defer")):
+        loader = StreamLoader(
+            batches_of(make), FakeStream(), 0.5, mode, displaced=displaced, fill=fill, with_ids=True
+        )
+        for batch in loader:
+            assert batch["split"] == "train" and isinstance(batch["row"], np.ndarray)
+            ids = batch["synthetic_ids"].tolist()
+            for i, weight, path, row in zip(ids, batch["weight"], batch["path"], batch["row"], strict=True):
+                made = i >= 0
+                assert weight == (0.5 if made else 1.0)
+                assert path == f"synthetic {i}" if made else path.isdigit()
+                assert row == i + 1000 if made else row < 8
+    with pytest.raises(MismatchError, match="gave 1 values of 'weight'"):
+        list(StreamLoader(batches_of(make), FakeStream(), 0.5, fill=lambda key, synthetic: [0]))
 
 
 def test_fields_are_found_by_the_keys_given():
     real = batches_of(lambda x, y: {"left": x, "right": torch.zeros_like(x), "kind": y, "other": y})
-    loader = StreamLoader(
-        real, FakeStream(), 0.5, image_key="left", label_key="kind", fill=lambda key, s: [0] * len(s), transform=None
-    )
-    loader._fill = lambda key, s: torch.zeros((len(s), 1, 8, 8)) if key == "right" else torch.zeros(len(s))
+
+    def fill(key, synthetic):
+        return torch.zeros((len(synthetic), 1, 8, 8)) if key == "right" else torch.zeros(len(synthetic))
+
+    loader = StreamLoader(real, FakeStream(), 0.5, image_key="left", label_key="kind", fill=fill)
     assert next(iter(loader))["left"].max() == 1
     with pytest.raises(MismatchError, match="did you mean 'left'"):
         next(iter(StreamLoader(real, FakeStream(), 0.5, image_key="lift")))

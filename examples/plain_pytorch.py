@@ -1,0 +1,48 @@
+"""A classifier of digits from three labelled images a class: a training script as anybody writes it.
+
+python examples/plain_pytorch.py --real-only   # without the marked line
+python examples/plain_pytorch.py               # with it
+"""
+
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision.transforms import v2
+
+import streamaug as sa
+from streamaug.data import ImageDataset, load_splits
+
+digits = load_splits(
+    sa.load("digits").data
+)  # scikit-learn's digits; 500 that neither script nor stream trains on
+shots = digits.train.subset(digits.train.select_shots(3, seed=0))
+train, test = ImageDataset(shots), ImageDataset(digits.test)
+
+torch.manual_seed(0)
+loader = DataLoader(
+    train, batch_size=64, sampler=RandomSampler(train, replacement=True, num_samples=64 * 500)
+)
+if "--real-only" not in sys.argv:
+    loader = sa.StreamLoader(loader, sa.Stream.from_config("digits"), ratio=0.5)  # the line that changes
+
+model = nn.Sequential(
+    *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+    *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()),
+    nn.Linear(64 * 4 * 4, 10),
+)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+augment = v2.RandomAffine(degrees=10, translate=(0.15, 0.15), scale=(0.9, 1.1))
+
+for step, (images, labels) in enumerate(loader, start=1):
+    loss = nn.functional.cross_entropy(model(augment(images)), labels, label_smoothing=0.1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if step % 100 == 0:
+        print(f"step {step}/{len(loader)}: loss {loss.item():.3f}", flush=True)
+
+model.eval()
+images, labels = next(iter(DataLoader(test, batch_size=len(test))))
+print(f"accuracy on {len(test)} held-out images: {(model(images).argmax(1) == labels).float().mean():.3f}")

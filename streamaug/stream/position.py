@@ -1,0 +1,124 @@
+"""Where a stream is between two calls of `take`, and how that is saved: all that decides what comes next."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from streamaug.errors import StateError
+from streamaug.orders import Weights
+from streamaug.stream.arrays import as_array, as_tensor
+from streamaug.stream.steering import Steering
+
+log = logging.getLogger("streamaug")
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a saved state and the stream that loads it must agree in; the number of producers is not part of
+    it."""
+
+    plan: str  # hash of all that plans and images depend on besides k and the versions
+    batch_size: int
+    in_flight: int
+    rank: int
+    world_size: int
+    threads: int  # a difference is only warned of
+    first_judge: str | None  # hash of version 0 of the live judge
+    judge_nbytes: int
+
+
+@dataclass(frozen=True)
+class Position:
+    undelivered: list[tuple[int, int, int]]  # (k, plan version, judge version), in the order of delivery
+    offset: int  # accepted images of the first one that were delivered
+    skip: int  # images after that which were delivered as well
+    next_k: int
+    empty_run: int  # batches without an accepted image up to here
+    weights: dict[int, Weights]  # the versions that undelivered orders name, and the latest
+    latest_weights: int
+    row_weights: np.ndarray | None
+    judges: dict[int, np.ndarray]  # likewise; version 0 is not saved
+    latest_judge: int
+    steering: Steering
+
+    def state_dict(self, identity: Identity) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, except for judges under "tensors"."""
+        return {
+            "format": _FORMAT,
+            **asdict(identity),
+            "undelivered": [list(names) for names in self.undelivered],
+            "offset": self.offset,
+            "skip": self.skip,
+            "next_k": self.next_k,
+            "empty_run": self.empty_run,
+            "weights": {str(version): kept.classes.tolist() for version, kept in self.weights.items()},
+            "latest_weights": self.latest_weights,
+            "row_weights": None if self.row_weights is None else self.row_weights.tolist(),
+            "latest_judge": self.latest_judge,
+            "steering": self.steering.state_dict(),
+            "tensors": {
+                f"judge_{version}": as_tensor(judge) for version, judge in self.judges.items() if version > 0
+            },
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], identity: Identity) -> "Position":
+        """Raises StateError when the state belongs to another run."""
+        _require_same(state, identity)
+        rows = None if state["row_weights"] is None else np.array(state["row_weights"], np.float64)
+        weights = {
+            int(version): Weights(int(version), np.array(classes, np.float64), rows)
+            for version, classes in state["weights"].items()
+        }
+        return cls(
+            undelivered=[(k, plan, judge) for k, plan, judge in state["undelivered"]],
+            offset=state["offset"],
+            skip=state["skip"],
+            next_k=state["next_k"],
+            empty_run=state["empty_run"],
+            weights=weights,
+            latest_weights=state["latest_weights"],
+            row_weights=rows,
+            judges={
+                int(name.removeprefix("judge_")): as_array(kept) for name, kept in state["tensors"].items()
+            },
+            latest_judge=state["latest_judge"],
+            steering=Steering.from_state(state["steering"]),
+        )
+
+
+_NAMES = {
+    "batch_size": "stream.batch_size",
+    "in_flight": "stream.in_flight",
+    "plan": "the plan (seed, recipes, bank or model)",
+    "judge_nbytes": "the size of the judge in bytes",
+    "first_judge": "the judge",
+}
+
+
+def _require_same(state: Mapping[str, Any], identity: Identity) -> None:
+    if state.get("format") != _FORMAT:
+        raise StateError(
+            f"the saved state has format {state.get('format')!r}, this version reads format {_FORMAT}"
+        )
+    ours = asdict(identity)
+    threads = ours.pop("threads")
+    if state["latest_judge"] > 0 and all(judge > 0 for _, _, judge in state["undelivered"]):
+        ours.pop("first_judge")  # nothing is judged with it any more
+    for key, value in ours.items():
+        if state.get(key) != value:
+            raise StateError(
+                f"the saved state belongs to another run: {_NAMES.get(key, key)} was {state.get(key)} when it "
+                f"was saved and is {value} now"
+            )
+    if state["threads"] != threads:
+        log.warning(
+            "stream.threads was %s when the state was saved and is %s now: images may differ in the last bits",
+            state["threads"],
+            threads,
+        )

@@ -1,0 +1,235 @@
+"""An interrupted run that goes on elsewhere equals the uninterrupted one, image for image, bit for bit."""
+
+import copy
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from streamaug.errors import StateError
+
+from .fakes import images_of, listed, make_stream, undisturbed
+
+STEPS = 24
+PLAIN, FEEDBACK, LIVE_JUDGE = "plain", "feedback", "live judge"
+
+
+def options_of(kind: str) -> dict:
+    judge = np.zeros(16, np.uint8) if kind == LIVE_JUDGE else None
+    return {"judge": judge, "engine_options": {"reject": 0.4}}
+
+
+def step(stream, kind: str, number: int) -> list[tuple]:
+    """One training step: numbers of images that straddle batches, feedback, sometimes a new judge."""
+    batch = stream.take(1 + 5 * number % 13)
+    if kind != PLAIN:
+        stream.feedback(batch.labels, 0.5 + batch.labels * (number % 4))
+    if kind == LIVE_JUDGE and number % 3 == 1:
+        stream.publish_judge(np.full(16, number, np.uint8))
+    return images_of(batch)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    runs = {}
+    for kind in (PLAIN, FEEDBACK, LIVE_JUDGE):
+        with make_stream(backend="local", **options_of(kind)) as stream:
+            images, states = [], [stream.state_dict()]
+            for number in range(STEPS):
+                images.append(step(stream, kind, number))
+                states.append(copy.deepcopy(stream.state_dict()))
+        runs[kind] = images, states
+    return runs
+
+
+def resumed(state: dict, kind: str, first: int, **options) -> list[list[tuple]]:
+    with make_stream(**options_of(kind), **options) as stream:
+        stream.load_state_dict(state)
+        return [step(stream, kind, number) for number in range(first, STEPS)]
+
+
+@pytest.mark.parametrize("producers", [1, 2, 3])
+@pytest.mark.parametrize("kind", [PLAIN, FEEDBACK, LIVE_JUDGE])
+def test_resumed_at_every_step_the_run_goes_on_the_same(uninterrupted, kind, producers):
+    images, states = uninterrupted[kind]
+    for position in range(STEPS):
+        assert (
+            resumed(states[position], kind, position, backend="local", producers=producers)
+            == images[position:]
+        )
+
+
+@pytest.mark.parametrize(("saved_with", "producers"), [(1, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize("kind", [PLAIN, LIVE_JUDGE])
+def test_with_processes_and_another_number_of_them_it_goes_on_the_same(
+    uninterrupted, kind, saved_with, producers
+):
+    images, _ = uninterrupted[kind]
+    position = 4 * saved_with + 1
+    with make_stream(**options_of(kind), producers=saved_with) as stream:
+        before = [step(stream, kind, number) for number in range(position)]
+        state = stream.state_dict()
+        step(stream, kind, position)
+    assert before == images[:position]
+    assert resumed(state, kind, position, producers=producers) == images[position:]
+
+
+def test_a_resumed_run_can_be_resumed_again(uninterrupted):
+    images, states = uninterrupted[LIVE_JUDGE]
+    with make_stream(backend="local", **options_of(LIVE_JUDGE)) as stream:
+        stream.load_state_dict(states[5])
+        assert [step(stream, LIVE_JUDGE, number) for number in range(5, 11)] == images[5:11]
+        state = stream.state_dict()
+    assert resumed(state, LIVE_JUDGE, 11, backend="local") == images[11:]
+
+
+def test_a_running_stream_can_go_back(uninterrupted):
+    images, states = uninterrupted[LIVE_JUDGE]
+    with make_stream(producers=2, **options_of(LIVE_JUDGE)) as stream:
+        for number in range(9):
+            step(stream, LIVE_JUDGE, number)
+        stream.publish_judge(np.full(16, 99, np.uint8))  # versions of a future that will not happen
+        stream.take(40)
+        stream.load_state_dict(states[4])
+        assert [step(stream, LIVE_JUDGE, number) for number in range(4, STEPS)] == images[4:]
+
+
+@pytest.mark.parametrize("kind", [PLAIN, FEEDBACK])
+def test_without_a_live_judge_the_state_is_json(uninterrupted, kind):
+    images, states = uninterrupted[kind]
+    state = json.loads(json.dumps(states[7]))
+    assert resumed(state, kind, 7, backend="local") == images[7:]
+
+
+def test_states_of_a_live_judge_are_tensors_that_torch_saves_and_loads(uninterrupted, tmp_path):
+    import torch
+
+    images, states = uninterrupted[LIVE_JUDGE]
+    assert all(isinstance(value, torch.Tensor) for value in states[12]["tensors"].values())
+    torch.save(states[12], tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert resumed(state, LIVE_JUDGE, 12, backend="local") == images[12:]
+
+
+def test_a_replanned_stream_resumes_with_its_weights():
+    rows = np.zeros(12)
+    rows[[0, 1, 2, 3, 8]] = [1, 2, 3, 4, 5]
+    with make_stream(backend="local") as stream:
+        stream.take(3)
+        stream.replan(row_weights=rows, class_weights=np.array([3.0, 1, 1, 0]), first_k=70)
+        listed(stream, [13])
+        state = json.loads(json.dumps(stream.state_dict()))
+        rest = listed(stream, [50])
+    with make_stream(backend="local") as stream:
+        stream.load_state_dict(state)
+        assert listed(stream, [50]) == rest
+
+
+def test_without_order_a_resumed_run_delivers_every_batch_once():
+    with make_stream(in_order=False, producers=2, engine_options={"seconds": 0.005}) as stream:
+        before = listed(stream, [45])
+        state = stream.state_dict()
+    with make_stream(in_order=False, producers=3, engine_options={"seconds": 0.005}) as stream:
+        stream.load_state_dict(state)
+        after = listed(stream, [115])
+    ids = [image[0] for image in before + after]
+    assert len(set(ids)) == 160
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_size": 16}, r"stream.batch_size was 8 when it was saved and is 16 now"),
+        ({"in_flight": 5}, r"stream.in_flight was 4 when it was saved and is 5 now"),
+        (
+            {"seed": 1},
+            r"the plan \(seed, recipes, bank or model\) was \w{16} when it was saved and is \w{16} now",
+        ),
+        ({"plan_extra": {"model": "other"}}, r"the plan"),
+        ({"rank": 1, "world_size": 2}, r"rank was 0 when it was saved and is 1 now"),
+        ({"judge": np.ones(16, np.uint8)}, r"the judge was \w{16} when it was saved and is \w{16} now"),
+        ({"judge": np.zeros(17, np.uint8)}, r"the size of the judge in bytes was 16 .* is 17 now"),
+    ],
+)
+def test_a_state_of_another_run_is_refused_with_both_values(options, text):
+    judge = np.zeros(16, np.uint8)
+    with make_stream(backend="local", judge=judge) as stream:
+        stream.take(3)
+        state = stream.state_dict()
+    with make_stream(backend="local", **({"judge": judge} | options)) as stream:
+        with pytest.raises(StateError, match=text):
+            stream.load_state_dict(state)
+        assert stream.take(1).ids[0] in (0, 8, 16)  # and nothing happened to the stream
+
+
+def test_a_state_of_another_format_is_refused():
+    with make_stream(backend="local") as stream:
+        with pytest.raises(StateError, match="format 99, this version reads format 1"):
+            stream.load_state_dict(stream.state_dict() | {"format": 99})
+
+
+def test_other_threads_are_only_warned_of(caplog):
+    with make_stream(backend="local") as stream:
+        state = stream.state_dict()
+    with make_stream(backend="local", threads=2) as stream:
+        stream.load_state_dict(state)
+    assert "stream.threads was 1 when the state was saved and is 2 now" in caplog.text
+
+
+# Interrupted calls.
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupted_take(stream, n: int, seconds: float) -> bool:
+    def handler(signum, frame):
+        raise Interrupt
+
+    old = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        stream.take(n)
+        return False
+    except Interrupt:
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_an_interrupted_take_loses_nothing_and_leaves_an_exact_state():
+    slow = {"engine_options": {"seconds": 0.05, "reject": 0.3}}
+    expected = undisturbed([200], engine_options={"reject": 0.3})
+    with make_stream(**slow) as stream:
+        got = listed(stream, [7])
+        assert interrupted_take(stream, 100, 0.3)
+        state = json.loads(json.dumps(stream.state_dict()))
+        got += listed(stream, [3])
+        between = json.loads(json.dumps(stream.state_dict()))
+        got += listed(stream, [40])
+    assert got == expected[:50]
+    for saved, at in ((state, 7), (between, 10)):
+        with make_stream(backend="local", engine_options={"reject": 0.3}) as stream:
+            stream.load_state_dict(saved)
+            assert listed(stream, [60]) == expected[at : at + 60]
+
+
+def test_interrupted_again_and_again_it_still_delivers_every_image():
+    expected = undisturbed([120])
+    with make_stream(producers=2, engine_options={"seconds": 0.01}) as stream:
+        got, rng = [], np.random.default_rng(0)
+        deadline = time.monotonic() + 20
+        while len(got) < 100 and time.monotonic() < deadline:
+            interrupted_take(stream, 50, float(rng.uniform(0.005, 0.06)))
+            got += listed(stream, [4])
+        # calls that were not interrupted delivered images too: what was kept is a subsequence in order
+        positions = [expected_index(expected, image) for image in got]
+        assert positions == sorted(positions)
+
+
+def expected_index(expected: list[tuple], image: tuple) -> int:
+    return image[0] if image[0] >= len(expected) else expected.index(image)
