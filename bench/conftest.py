@@ -24,7 +24,7 @@ def median_seconds(
 
 @pytest.fixture
 def alternate(benchmark) -> Callable[..., dict[str, float]]:
-    """alternate(rounds=, calls=, ours=function, other=function, ...) -> median seconds of each, also recorded."""
+    """alternate(rounds=, calls=, ours=f, other=g, ...) -> median seconds of each, by name; also recorded."""
 
     def measure(rounds: int, calls: int, **functions: Callable[[], object]) -> dict[str, float]:
         seconds = median_seconds(functions, rounds, calls)

@@ -8,7 +8,7 @@ from streamaug.kernels.philox import _normal4, check_ids, check_out, normal, pac
 
 from streamaug.errors import UsageError
 
-_CHUNK_ELEMENTS = 262144  # of an fp32 intermediate of the reference: it stays in the second-level cache
+_CHUNK_ELEMENTS = 131072  # of an fp32 intermediate of the reference: it stays in the second-level cache
 
 
 def perturb(
@@ -93,52 +93,73 @@ def _reference(
     stream: int,
 ) -> None:
     """`perturb` with images as rows: out [N, elements], bank [R, elements]."""
-    terms = [_row_term(bank, row_a, weights[:, 0]), _row_term(bank, row_b, weights[:, 1])]
-    if weights[:, 2].any():
-
-        def noise(part: slice) -> torch.Tensor:
-            return normal(ids[part], out.shape[1:], seed=seed, stream=stream, backend="torch")
-
-        terms.append((noise, _scale(weights[:, 2])))
-    present = [term for term in terms if term is not None]
-    if not present:
+    terms = [
+        term
+        for term in (
+            _row_term(bank, row_a, weights[:, 0]),
+            _row_term(bank, row_b, weights[:, 1]),
+            _noise_term(ids, weights[:, 2], out.shape[1:], seed, stream),
+        )
+        if term is not None
+    ]
+    if not terms:
         out.zero_()
-    step = max(_CHUNK_ELEMENTS // out.shape[1], 1)
-    for start in range(0, len(out) if present else 0, step):
-        part = slice(start, start + step)
+        return
+    step = min(max(_CHUNK_ELEMENTS // out.shape[1], 1), len(out))
+    scratch = torch.empty((2, step, out.shape[1]), dtype=torch.float32, device=out.device)
+    for start in range(0, len(out), step):
+        part = slice(start, min(start + step, len(out)))
         target = out[part]
-        total = target if out.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-        for position, (values, scale) in enumerate(present):
+        total = target if out.dtype == torch.float32 else scratch[0, : len(target)]
+        for position, (fill, scale) in enumerate(terms):
             weight = scale if isinstance(scale, float) else scale[part]
             if position == 0:
-                torch.mul(values(part), weight, out=total)
-            elif isinstance(weight, float):
-                total.add_(values(part), alpha=weight)
+                fill(part, total)
+                total.mul_(weight)
+                continue
+            values = scratch[1, : len(target)]
+            fill(part, values)
+            if isinstance(weight, float):
+                total.add_(values, alpha=weight)
             else:
-                total.addcmul_(values(part), weight)
+                total.addcmul_(values, weight)
         if total is not target:
             target.copy_(total)
 
 
-_Term = tuple[Callable[[slice], torch.Tensor], float | torch.Tensor]
+# How to write some images' values into an fp32 [n, elements], and their weight: one number or [N, 1].
+_Term = tuple[Callable[[slice, torch.Tensor], object], float | torch.Tensor]
 
 
 def _row_term(bank: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> _Term | None:
-    """How to gather some images' rows, fp32 [n, elements], and their weight; None when no image has a row."""
+    """The bank rows and their weight; None when no image has a row."""
     low, high = (int(bound) for bound in torch.aminmax(rows))
     if high >= len(bank) or low < -1:
         raise UsageError(f"rows {low}..{high}: the bank has rows 0..{len(bank) - 1}, and -1 stands for none")
     if high < 0:
         return None
     if low >= 0:
-        return lambda part: bank.index_select(0, rows[part]).float(), _scale(weight)
+        return lambda part, into: into.copy_(bank.index_select(0, rows[part])), _scale(weight)
     missing = (rows < 0)[:, None]
     safe_rows = rows.clamp(min=0)
 
-    def values(part: slice) -> torch.Tensor:
-        return bank.index_select(0, safe_rows[part]).float().masked_fill_(missing[part], 0)
+    def fill(part: slice, into: torch.Tensor) -> None:
+        into.copy_(bank.index_select(0, safe_rows[part])).masked_fill_(missing[part], 0)
 
-    return values, weight[:, None].masked_fill(missing, 0)
+    return fill, weight[:, None].masked_fill(missing, 0)
+
+
+def _noise_term(
+    ids: torch.Tensor, weight: torch.Tensor, shape: torch.Size, seed: int, stream: int
+) -> _Term | None:
+    """The noise and its weight; None when every weight is 0."""
+    if not weight.any():
+        return None
+
+    def fill(part: slice, into: torch.Tensor) -> None:
+        normal(ids[part], shape, seed=seed, stream=stream, out=into, backend="torch")
+
+    return fill, _scale(weight)
 
 
 def _scale(weight: torch.Tensor) -> float | torch.Tensor:

@@ -10,7 +10,6 @@ by a counter on the device, so that one captured CUDA graph replays every step.
 """
 
 from enum import IntEnum
-from typing import Any
 
 import torch
 from streamaug.kernels._backend import Backend, on_device, tile, tl, triton, use_triton
@@ -36,25 +35,43 @@ class Column(IntEnum):
     GUIDANCE = 9
 
 
-Row = list[Any]  # for each Column a tensor [B, 1, ...] with as many axes as x, or None where the table is 0
+_ALWAYS = (Column.A, Column.S, Column.IN_NEXT, Column.GUIDANCE)
 
 
-def rows_of(coef: torch.Tensor, dim: int) -> list[Row]:
-    """The table as the reference reads it fastest: views of `coef` for each evaluation; `dim` is x.dim().
+class Columns:
+    """Which columns of a table are not 0 everywhere (`Column.CN in columns`), with the reference's views.
 
-    Values may be rewritten in `coef`, but columns that are 0 in the whole table are left out and must stay 0 (A,
-    IN_NEXT and GUIDANCE are always there). Reads the table, so call it once, where the table is built.
+    Values may be rewritten in `coef` afterwards, but columns that were 0 in the whole table must stay 0.
     """
-    used = (coef != 0).flatten(0, 1).any(0)
-    used[[Column.A, Column.IN_NEXT, Column.GUIDANCE]] = True
-    return [
-        [values if used[column] else None for column, values in enumerate(_row(table_row, dim))]
-        for table_row in coef
-    ]
+
+    def __init__(self, coef: torch.Tensor):
+        self.coef = coef
+        used = (coef != 0).flatten(0, -2).any(0).tolist()
+        self._used = frozenset(column for column in Column if used[column])
+        self._rows: dict[tuple[int, int], list] = {}
+
+    def __contains__(self, column: Column) -> bool:
+        return column in self._used
+
+    def row(self, evaluation: int, dim: int) -> list:
+        """For each Column its values [B, 1, ...] with `dim` axes, None if not used; views, made once."""
+        row = self._rows.get((evaluation, dim))
+        if row is None:
+            values = _views(self.coef, evaluation, dim)
+            kept = self._used.union(_ALWAYS)
+            row = [view if column in kept else None for column, view in zip(Column, values, strict=True)]
+            self._rows[evaluation, dim] = row
+        return row
 
 
-def _row(table_row: torch.Tensor, dim: int) -> Row:
-    return list(table_row.view(*table_row.shape, *(1,) * (dim - 1)).unbind(1))
+def used_columns(coef: torch.Tensor) -> Columns:
+    """Reads the table, which synchronises a device: call it once, where the table is built."""
+    return Columns(coef)
+
+
+def _views(coef: torch.Tensor, evaluation: int, dim: int) -> list[torch.Tensor]:
+    row = coef[evaluation]
+    return list(row.view(*row.shape, *(1,) * (dim - 1)).unbind(1))
 
 
 def step(
@@ -71,7 +88,7 @@ def step(
     guided: bool,
     clip: float | None,
     noisy: bool,
-    rows: list[Row] | None = None,
+    columns: Columns | None = None,
     backend: Backend = "auto",
 ) -> None:
     """Advance x by one evaluation, in place; also writes m0 into `history` and the next input into `net_in`.
@@ -84,13 +101,15 @@ def step(
     net_in: any float dtype, [B, *shape] or [2B, *shape] (gets the input twice), contiguous or channels_last.
     ids: int64 [B]; ξ is the normal of (seed, stream, step index, id), drawn only when `noisy`.
     clip: bound of m0, or None.
-    rows: `rows_of(coef, x.dim())`, which spares the reference much of its work; m0 is then written only
-        if the table uses it. Triton has no need of it.
+    columns: `used_columns(coef)`, kept as long as the table: the reference then skips the other columns, and
+        writes m0 only if one of C0, C1, C2 is used. Triton decides image by image.
     The Triton kernel does not synchronise the device. Raises UsageError.
     """
     _check(x, model_out, coef, index, history, net_in, ids, guided)
     if not use_triton(backend, x):
-        _reference(x, model_out, coef, index, history, net_in, ids, seed, stream, guided, clip, noisy, rows)
+        _reference(
+            x, model_out, coef, index, history, net_in, ids, seed, stream, guided, clip, noisy, columns
+        )
         return
     out_strides, in_strides = _strides(model_out), _strides(net_in)
     if out_strides is None:
@@ -186,10 +205,13 @@ def _reference(
     guided: bool,
     clip: float | None,
     noisy: bool,
-    rows: list[Row] | None,
+    columns: Columns | None,
 ) -> None:
     batch, evaluation = x.shape[0], int(index)
-    row = _row(coef[evaluation], x.dim()) if rows is None else rows[evaluation]
+    if columns is not None and columns.coef is coef:
+        row = columns.row(evaluation, x.dim())
+    else:
+        row = _views(coef, evaluation, x.dim())
     a, s, cx, ce, c0, c1, c2, cn, in_next, guidance = row
     e = model_out = model_out.float()
     if guided:
@@ -197,9 +219,7 @@ def _reference(
         e = torch.lerp(unconditional, conditional, guidance)
     m0 = history[evaluation % HISTORY]
     if c0 is not None or c1 is not None or c2 is not None:
-        torch.mul(x, a, out=m0)
-        if s is not None:
-            m0.addcmul_(e, s)
+        torch.mul(x, a, out=m0).addcmul_(e, s)
         if clip is not None:
             m0.clamp_(-clip, clip)
 

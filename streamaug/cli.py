@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something failed, 2 what was given cannot be used, 130 int
 import errno
 import json
 import logging
+import math
 import signal
 import tempfile
 import traceback
@@ -58,6 +59,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+
+PREVIEW_BATCHES = 8
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a bundled configuration.")
@@ -193,7 +196,11 @@ def preview(
     """Draw what the stream would deliver: each image with its class, its depth and the judge's score."""
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a file name that ends in .png")
-    settings = _load(config, overrides, {"stream.starved": "wait"})
+    settings = _load(config, overrides)
+    # A batch has one depth: small batches show several.
+    size = min(settings.stream.batch_size, math.ceil(count / PREVIEW_BATCHES))
+    stream_settings = settings.stream.model_copy(update={"batch_size": size, "starved": "wait"})
+    settings = settings.model_copy(update={"stream": stream_settings})
     _need_folder(out.parent)
     from streamaug.demo.pictures import preview_png
     from streamaug.demo.view import make_view

@@ -266,6 +266,6 @@ def test_a_cache_that_cannot_be_written_is_refused_before_training(settings: lis
 
 def test_a_ring_that_does_not_fit_says_how_much_and_what_helps(settings: list[str], tmp_path: Path) -> None:
     given = ["--set", "stream.memory=shm", "--set", "stream.batch_size=2000000000"]
-    message = refusal("preview", *settings, *given, "--out", str(tmp_path / "p.png"))
+    message = refusal("train", *settings, *given, "--out", str(tmp_path / "runs"))
     assert "the ring needs" in message and "/dev/shm" in message and "--shm-size" in message
-    assert not (tmp_path / "p.png").exists()
+    assert not (tmp_path / "runs" / "report.json").exists()

@@ -136,12 +136,19 @@ def test_preview_writes_a_png_of_what_the_stream_delivers(monkeypatch, digits: P
 
     planner = SimpleNamespace(schedule=SimpleNamespace(steps=12))
     prepared = SimpleNamespace(planner=planner, judge=object(), class_names=["cat", "dog"])
-    stand_in(monkeypatch, "streamaug.prepare", prepare=lambda config, progress: prepared)
+    sizes = []
+
+    def prepare(config, progress):
+        sizes.append(config.stream.batch_size)
+        return prepared
+
+    stand_in(monkeypatch, "streamaug.prepare", prepare=prepare)
     stand_in(monkeypatch, "streamaug.stream", Stream=Stream)
     out = tmp_path / "pictures" / "preview.png"
     result = run(app, ["preview", str(digits), "--out", str(out), "--count", "5"])
     assert result.exit_code == 0, result.output
     assert Image.open(out).size[0] > 300
+    assert sizes == [1], "small batches, because each has one depth"
 
 
 def test_a_failure_while_running_is_one_message_and_exit_code_1(monkeypatch, digits: Path, tmp_path) -> None:

@@ -130,14 +130,15 @@ def run_demo(
             if full:
                 run("real_only_equal_time", position, deadline=result.seconds + judge_seconds)
         stats = stream.stats()
-        started_at = stream.started_at
+        stream_began = stream.started_at or began
 
     view.phase("drawing the report")
     out.mkdir(parents=True, exist_ok=True)
     origin = min([span[0] for span in spans], default=began)
     timeline = Timeline(
-        generation=[(a + started_at - origin, b + started_at - origin) for a, b, *_ in stats.timeline],
+        generation=[(a + stream_began - origin, b + stream_began - origin) for a, b, *_ in stats.timeline],
         training=[(a - origin, b - origin, arm) for a, b, arm in spans if arm != "real_only_equal_time"],
+        steps=[(a - origin, b - origin) for result in arms["stream"].results for a, b in result.spans],
     )
     samples_png(sample_rows(prepared, judge, draws.rows_of_seed(len(seeds) - 1)), out / "samples.png")
     curves_png(curves, timeline, out / "curves.png")

@@ -65,9 +65,10 @@ class Sampler:
 
         coef_host = np.repeat(table.coef[:, None, :], size, axis=1)
         coef_host[:, :, Column.GUIDANCE] = images["guidance"]
-        coef = torch.from_numpy(coef_host).to(torch.float32)
-        columns = used_columns(coef)
-        coef = coef.to(device)
+        coef = torch.from_numpy(coef_host).to(device, torch.float32)
+        noisy = bool(coef_host[:, :, Column.CN].any())
+        # Only the reference skips columns, and finding them on a GPU would wait for it.
+        columns = used_columns(coef) if device.type == "cpu" else None
         index = torch.zeros(1, dtype=torch.int64, device=device)
 
         x = latents.to(device, torch.float32, copy=True).contiguous()
@@ -98,7 +99,7 @@ class Sampler:
                 stream=_STEP_STREAM,
                 guided=guided,
                 clip=table.clip,
-                noisy=Column.CN in columns,
+                noisy=noisy,
                 columns=columns,
                 backend=self.kernels,
             )

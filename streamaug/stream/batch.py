@@ -79,7 +79,7 @@ class Recent:
             self._clock += len(part)
 
     def serve(self, to: SynthBatch, begin: int, n: int) -> int:
-        """Copy up to n different images to to[begin:], the least used and then the newest first; returns how many."""
+        """Copy up to n different images to to[begin:], the least used and newest first; returns how many."""
         usable = np.flatnonzero((self._added >= 0) & (self._uses < self._max_reuse))
         order = np.lexsort((-self._added[usable], self._uses[usable]))
         chosen = usable[order[:n]]

@@ -92,6 +92,12 @@ class Fleet:
     def start(self) -> None:
         """Allocate the rings and start the producers, without waiting for them to be ready."""
         self.check()
+        if self._keeper is None:
+            self._begin()
+        self._spawned.wait()
+        self.check()
+
+    def _begin(self) -> None:
         self._require_memory()
         try:
             self._allocate()
@@ -102,8 +108,6 @@ class Fleet:
             raise
         self._keeper = threading.Thread(target=self._keep, name="streamaug-keeper", daemon=True)
         self._keeper.start()
-        self._spawned.wait()
-        self.check()
 
     def issue(self, at: int, order: OrderBatch, judge_post: int) -> int:
         """Write an order into ring `at` and wake its producer; returns the order's number there."""

@@ -70,9 +70,11 @@ def choose(setting: str) -> Kind:
     """The kind of memory that stream.memory (auto, memfd, shm, file) means on this machine."""
     if setting != "auto":
         return setting  # type: ignore[return-value]
-    if hasattr(os, "memfd_create"):
+    try:
+        os.close(_open_memfd())
         return "memfd"
-    return "shm" if os.path.isdir(SHM_FOLDER) else "file"
+    except (OSError, AttributeError):
+        return "shm" if os.path.isdir(SHM_FOLDER) else "file"
 
 
 def available(kind: Kind) -> int:

@@ -22,14 +22,14 @@ class Identity:
     """What a saved state and the stream that loads it must agree in; the number of producers is not part of
     it."""
 
-    plan: str  # hash of all that plans and images depend on besides k and the versions
     batch_size: int
     in_flight: int
     rank: int
     world_size: int
     threads: int  # a difference is only warned of
-    first_judge: str | None  # hash of version 0 of the live judge
     judge_nbytes: int
+    plan: str  # hash of all that plans and images depend on besides k and the versions
+    first_judge: str | None  # hash of version 0 of the live judge
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ def _require_same(state: Mapping[str, Any], identity: Identity) -> None:
     for key, value in ours.items():
         if state.get(key) != value:
             raise StateError(
-                f"the saved state belongs to another run: {_NAMES.get(key, key)} was {state.get(key)} when it "
-                f"was saved and is {value} now"
+                f"the saved state belongs to another run: {_NAMES.get(key, key)} was {state.get(key)} "
+                f"when it was saved and is {value} now"
             )
     if state["threads"] != threads:
         log.warning(
-            "stream.threads was %s when the state was saved and is %s now: images may differ in the last bits",
+            "stream.threads was %s when the state was saved and is %s now: images may differ in last bits",
             state["threads"],
             threads,
         )

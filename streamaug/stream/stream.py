@@ -534,8 +534,7 @@ class Stream:
         return None if rate is None else rate * self._recorder.acceptance
 
     def sustainable(self, ratio: float) -> float | None:
-        """Training images per second that the producers can feed at this synthetic share, None when
-        unknown."""
+        """Training images a second that producers can feed at this synthetic share; None when unknown."""
         return None if self.rate is None or ratio <= 0 else self.rate / ratio
 
     def stats(self) -> StreamStats:
@@ -551,7 +550,7 @@ class Stream:
         self._announced = True
         ratio = self.loader_config.ratio if self.loader_config is not None else 0.5
         log.info(
-            "producer ready in %.1f s; %.0f images/s: at ratio %g it feeds up to %.0f training images a second",
+            "producer ready in %.1f s; %.0f images/s: at ratio %g it feeds up to %.0f training images/s",
             (self._fleet.ready_ns - (self._recorder.started_ns or 0)) / 1e9,
             self.rate or 0,
             ratio,

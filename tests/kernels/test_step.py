@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamaug.kernels import step as module
 from streamaug.kernels.philox import normal
-from streamaug.kernels.step import HISTORY, Column, rows_of, step
+from streamaug.kernels.step import HISTORY, Column, step, used_columns
 
 from streamaug.errors import UsageError
 
@@ -164,22 +164,19 @@ def test_noise_is_keyed_by_the_evaluation_and_the_id(backend, device):
 
 @settings(max_examples=30)
 @given(used=st.sets(st.sampled_from(sorted(set(Column) - {Column.GUIDANCE}))), guided=st.booleans())
-def test_prepared_rows_change_nothing(used, guided):
+def test_naming_the_used_columns_changes_nothing(used, guided):
     x, outputs, coef, _ = problem(2, (4,), guided)
     coef[:, :, [c for c in Column if c not in used and c != Column.GUIDANCE]] = 0
-    rows = rows_of(coef, 2)
-    named = used | {Column.A, Column.IN_NEXT, Column.GUIDANCE}
-    assert all(
-        (values is not None) == (c in named) for row in rows for c, values in zip(Column, row, strict=True)
-    )
+    columns = used_columns(coef)
+    assert all((column in columns) <= (column in used | {Column.GUIDANCE}) for column in Column)
     results = []
-    for prepared in (None, rows):
+    for named in (None, columns):
         state, history = x.clone(), torch.zeros(HISTORY, 2, 4)
         net_in, index = torch.empty(2, 4), torch.zeros(1, dtype=torch.int64)
         for evaluation in range(EVALUATIONS):
             step(
                 state, outputs[evaluation], coef, index, history, net_in, torch.arange(2), seed=1,
-                guided=guided, clip=1.0, noisy=True, rows=prepared, backend="torch",
+                guided=guided, clip=1.0, noisy=True, columns=named, backend="torch",
             )  # fmt: skip
             index.add_(1)
         results.append(state)

@@ -1,4 +1,4 @@
-"""Streams whose engine has no model: an image is a hash of its order, so that equal orders can be recognised."""
+"""Streams whose engine has no model: an image is a hash of its order, by which it can be recognised."""
 
 import contextlib
 import hashlib
@@ -28,10 +28,11 @@ ROWS = 12
 class HashEngine:
     """Pixels are noise seeded by the order and the judge. Options:
 
-    image_shape; seconds: time a batch takes; beat: whether it beats meanwhile; start_seconds: time building takes;
-    reject: share of the images that is rejected; reject_label: a class that is rejected altogether; raise_at, exit_at,
-    stop_at: the batch k at which to raise, to exit, or to be stopped (once: the file `stopped` remembers);
-    die_at_start, refuse: exit, or raise a ModelError, while building; say: log this; miscount: return one too many.
+    image_shape; seconds: time a batch takes; beat: whether it beats meanwhile; start_seconds: time building
+    takes; reject: share of the images that is rejected; reject_label: a class that is rejected altogether;
+    raise_at, exit_at, stop_at: the batch k at which to raise, to exit, or to be stopped (once: the file
+    `stopped` remembers); die_at_start, refuse: exit, or raise a ModelError, while building; say: log this;
+    miscount: return one too many.
     """
 
     def __init__(self, options: dict):

@@ -92,7 +92,7 @@ def test_reuse_serves_recent_images_instead_of_waiting_and_counts_them():
         stats = stream.stats()
         assert not again.fresh.any() and first.fresh.all()
         assert sorted(again.ids) == sorted(list(first.ids) * 3)
-        assert set(image[:2] for image in images_of(again)) == set(image[:2] for image in images_of(first))
+        assert {image[:2] for image in images_of(again)} == {image[:2] for image in images_of(first)}
         assert (stats.delivered, stats.reused, stats.fresh_share, stats.mean_reuse) == (32, 24, 0.25, 4.0)
         after = stream.take(8)  # every image has been served max_reuse times: now it waits
         assert after.fresh.all() and after.ids.min() == 8
@@ -276,9 +276,11 @@ def test_close_from_another_thread_ends_a_waiting_take():
 
 
 def test_an_engine_of_another_shape_is_refused():
-    with make_stream(engine_options={"image_shape": [3, 4, 4]}) as stream:
-        with pytest.raises(StreamaugError, match=r"makes images of shape \(3, 4, 4\).*\(1, 8, 8\)"):
-            stream.take(1)
+    with (
+        make_stream(engine_options={"image_shape": [3, 4, 4]}) as stream,
+        pytest.raises(StreamaugError, match=r"makes images of shape \(3, 4, 4\).*\(1, 8, 8\)"),
+    ):
+        stream.take(1)
 
 
 def test_classes_have_names_in_the_figures():
@@ -289,7 +291,7 @@ def test_classes_have_names_in_the_figures():
 
 def test_producers_are_processes_of_their_own():
     with make_stream(producers=2, nice=3) as stream:
-        stream.take(8)
+        stream.take(16)
         pids = stream.producer_pids
         assert len(set(pids)) == 2 and os.getpid() not in pids
         assert all(os.getpriority(os.PRIO_PROCESS, pid) == 3 for pid in pids)

@@ -239,8 +239,8 @@ def test_closing_is_quick_also_in_the_middle_of_a_long_batch():
     stream = make_stream(engine_options={"seconds": 60, "beat": False})
     stream.start()
     until(lambda: stream._fleet.rings[0].state == 1)
+    threading.Timer(0.3, stream.close).start()
     with pytest.raises(StreamaugError):
-        threading.Timer(0.3, stream.close).start()
         stream.take(1)
     began = time.monotonic()
     stream.close()

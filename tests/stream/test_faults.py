@@ -44,7 +44,7 @@ def test_five_kills_at_random_moments_deliver_the_same_images():
                 os.kill(rng.choice(stream.producer_pids), signal.SIGKILL)
                 kills += 1
                 next_kill = time.monotonic() + 0.7
-        assert stream.stats().restarts == 5
+        until(lambda: stream.stats().restarts == 5)
     assert images == undisturbed([len(images)], engine_options={"reject": 0.2})
 
 
@@ -81,11 +81,11 @@ def test_ctrl_c_in_the_terminal_does_not_reach_the_producer():
 
 def test_an_exception_arrives_within_a_second_with_its_traceback_and_its_batch():
     with make_stream(engine_options={"raise_at": 5, "seconds": 0.01}) as stream:
+        stream.take(1)
+        began = time.monotonic()
         with pytest.raises(ProducerError) as error:
-            while True:
-                stream.take(1)
-                last = time.monotonic()
-        assert time.monotonic() - last < 1
+            listed(stream, [1] * 100)
+        assert time.monotonic() - began < 1
         with pytest.raises(ProducerError):
             stream.take(1)
     message = str(error.value)
@@ -95,9 +95,11 @@ def test_an_exception_arrives_within_a_second_with_its_traceback_and_its_batch()
 
 @pytest.mark.parametrize("backend", ["local", "process"])
 def test_a_refusal_keeps_its_class_and_its_message(backend):
-    with make_stream(backend=backend, engine_options={"refuse": "NaN in the weights"}) as stream:
-        with pytest.raises(ModelError) as error:
-            stream.take(1)
+    with (
+        make_stream(backend=backend, engine_options={"refuse": "NaN in the weights"}) as stream,
+        pytest.raises(ModelError) as error,
+    ):
+        stream.take(1)
     assert str(error.value) == "NaN in the weights"
     assert "Raised by the producer while starting" in error.value.__notes__[0]
 
@@ -113,15 +115,19 @@ def test_an_engine_that_cannot_be_found_is_an_exception_like_any_other():
 
 
 def test_an_exception_in_a_thread_arrives_as_well():
-    with make_stream(backend="local", engine_options={"raise_at": 0}) as stream:
-        with pytest.raises(ProducerError, match="in batch 0: the weights are rotten"):
-            stream.take(1)
+    with (
+        make_stream(backend="local", engine_options={"raise_at": 0}) as stream,
+        pytest.raises(ProducerError, match="in batch 0: the weights are rotten"),
+    ):
+        stream.take(1)
 
 
 def test_a_wrong_count_is_an_error_of_the_engine():
-    with make_stream(engine_options={"miscount": True}) as stream:
-        with pytest.raises(ProducerError, match="of 8 orders the engine accepted 9 and gave 0 a reason"):
-            stream.take(1)
+    with (
+        make_stream(engine_options={"miscount": True}) as stream,
+        pytest.raises(ProducerError, match="of 8 orders the engine accepted 9 and gave 0 a reason"),
+    ):
+        stream.take(1)
 
 
 # Deaths.
@@ -140,9 +146,11 @@ def test_dying_again_and_again_without_progress_is_an_error_with_the_last_words(
 
 
 def test_a_producer_that_cannot_even_start_is_an_error():
-    with make_stream(max_restarts=1, engine_options={"die_at_start": True}) as stream:
-        with pytest.raises(ProducerError, match="died 2 times in a row"):
-            stream.take(1)
+    with (
+        make_stream(max_restarts=1, engine_options={"die_at_start": True}) as stream,
+        pytest.raises(ProducerError, match="died 2 times in a row"),
+    ):
+        stream.take(1)
 
 
 def test_deaths_with_progress_in_between_do_not_add_up():
@@ -200,11 +208,13 @@ def test_a_producer_that_is_never_ready_is_an_error():
 
 def test_a_hung_thread_is_an_error_because_it_cannot_be_replaced():
     options = {"seconds": 2.5, "beat": False}
-    with make_stream(
-        backend="local", stall_timeout=0.1, hang_timeout=0.3, start_timeout=0.3, engine_options=options
-    ) as stream:
-        with pytest.raises(ProducerError, match="only stream.backend: process can replace"):
-            stream.take(1)
+    with (
+        make_stream(
+            backend="local", stall_timeout=0.1, hang_timeout=0.3, start_timeout=0.3, engine_options=options
+        ) as stream,
+        pytest.raises(ProducerError, match=r"only stream\.backend: process can replace"),
+    ):
+        stream.take(1)
 
 
 def test_what_a_producer_logs_is_logged_by_the_trainer(caplog):

@@ -165,9 +165,11 @@ def test_a_state_of_another_run_is_refused_with_both_values(options, text):
 
 
 def test_a_state_of_another_format_is_refused():
-    with make_stream(backend="local") as stream:
-        with pytest.raises(StateError, match="format 99, this version reads format 1"):
-            stream.load_state_dict(stream.state_dict() | {"format": 99})
+    with (
+        make_stream(backend="local") as stream,
+        pytest.raises(StateError, match="format 99, this version reads format 1"),
+    ):
+        stream.load_state_dict(stream.state_dict() | {"format": 99})
 
 
 def test_other_threads_are_only_warned_of(caplog):

@@ -1,4 +1,4 @@
-"""The protocol of sequence numbers alone: both sides in one process, interleaved in every way, killed at any point."""
+"""The protocol of sequence numbers alone: both sides in one process, interleaved and killed at any point."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A loop that reacts is still exact: what is said after batch k is delivered changes batch k + in_flight, not one before."""
+"""A loop that reacts is exact: what is said after batch k changes batch k + in_flight and none before it."""
 
 import numpy as np
 import pytest
@@ -125,9 +125,11 @@ def test_feedback_that_cannot_be_meant_is_refused(arguments, error, text):
 
 
 def test_a_judge_of_another_size_or_without_a_first_one_is_refused():
-    with make_stream(backend="local", judge=judge(0)) as stream:
-        with pytest.raises(UsageError, match="flat uint8 array of 16 bytes"):
-            stream.publish_judge(np.zeros(17, np.uint8))
+    with (
+        make_stream(backend="local", judge=judge(0)) as stream,
+        pytest.raises(UsageError, match="flat uint8 array of 16 bytes"),
+    ):
+        stream.publish_judge(np.zeros(17, np.uint8))
     with make_stream(backend="local") as stream, pytest.raises(UsageError, match="without a judge_state"):
         stream.publish_judge(judge(1))
 

@@ -1,0 +1,210 @@
+"""What it costs to get images from another process: the hand-off, its latency, and generation beside training.
+
+Trainer and producer each have a core of their own where the machine has two.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from streamaug.config import Recipe, StreamConfig
+from streamaug.orders import OrderBatch, Planner, Schedule
+from streamaug.stream import Stream
+
+BATCH, LARGE, SMALL = 64, (3, 224, 224), (1, 8, 8)
+WORK_SECONDS = 0.02
+
+
+class Engine:
+    """Fills the slot with one value, after as much arithmetic as `work` says."""
+
+    def __init__(self, options: dict):
+        self.image_shape = tuple(options["image_shape"])
+        self.work = options.get("work", 0)
+        self.seconds = options.get("seconds", 0)
+        self.stage_seconds: dict[str, float] = {}
+
+    def load_judge(self, version: int, state: np.ndarray) -> None:
+        pass
+
+    def make(self, order: OrderBatch, slot) -> int:
+        compute(self.work)
+        time.sleep(self.seconds)
+        slot.images[:] = order.k % 251
+        slot.ids[:] = order.images["id"]
+        slot.labels[:] = order.images["label"]
+        slot.source[:] = np.arange(len(order))
+        slot.scores[:] = 1.0
+        return len(order)
+
+
+def build(options: dict) -> Engine:
+    return Engine(options)
+
+
+def compute(units: int) -> None:
+    """Arithmetic on one core that stays in its cache: the same work takes the same time everywhere."""
+    x = np.full((48, 48), 1e-3)
+    for _ in range(units):
+        x = x @ x
+
+
+def make_stream(
+    image_shape: tuple[int, int, int], batch_size: int = BATCH, in_flight: int = 4, **options
+) -> Stream:
+    schedule = Schedule(np.linspace(0, 1, 11), np.linspace(1, 0, 11))
+    return Stream(
+        Planner(np.arange(30) % 10, 10, schedule, [Recipe(kind="noise")], batch_size, seed=0),
+        engine=f"{__name__}:build",
+        engine_options={"image_shape": list(image_shape), **options},
+        image_shape=image_shape,
+        config=StreamConfig(batch_size=batch_size, in_flight=in_flight),
+    )
+
+
+@contextmanager
+def core(number: int, pids: tuple[int, ...] = (0,)) -> Iterator[None]:
+    """Bind processes to one core; for this process, until the end of the block."""
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    for pid in pids:
+        os.sched_setaffinity(pid, {cores[number % len(cores)]})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def streaming(*arguments, **options) -> Iterator[Stream]:
+    with make_stream(*arguments, **options) as stream:
+        stream.take(1)
+        with core(1, tuple(stream.producer_pids)), core(0):
+            yield stream
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def until_full(stream: Stream) -> None:
+    """The producer has made all it may, and sleeps."""
+    deadline = time.monotonic() + 5
+    while stream.stats().ring_fill < 1 and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    time.sleep(0.001)
+
+
+def test_handoff_over_copy(benchmark):
+    """take() of a batch that is ready, beside a copy of as many bytes that no cache holds."""
+    rng = np.random.default_rng(0)
+    sources = [rng.integers(0, 256, (BATCH, *LARGE), np.uint8) for _ in range(5)]
+    out = np.zeros_like(sources[0])
+    takes, copies = [], []
+    with streaming(LARGE) as stream:
+        stream.take(BATCH - 1)
+        for turn in range(80):
+            until_full(stream)
+            takes.append(seconds_of(lambda: stream.take(BATCH)))
+            copies.append(seconds_of(lambda turn=turn: np.copyto(out, sources[turn % len(sources)])))
+        benchmark.pedantic(stream.take, (BATCH,), setup=lambda: until_full(stream), rounds=20)
+    record(benchmark, "handoff_over_copy", takes, copies, take_us=takes, copy_us=copies)
+
+
+def test_dataloader_over_handoff(benchmark):
+    """Batch after batch from a DataLoader's worker, beside take() from a producer that does the same work."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    class Filled(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 10_000
+
+        def __getitem__(self, k: int) -> torch.Tensor:
+            return torch.full((BATCH, *LARGE), k % 251, dtype=torch.uint8)
+
+    loader = iter(DataLoader(Filled(), batch_size=None, num_workers=1, prefetch_factor=4))
+    takes, loads = [], []
+    with streaming(LARGE) as stream:
+        for _ in range(6):
+            until_full(stream)
+            takes += [seconds_of(lambda: stream.take(BATCH)) for _ in range(20)]
+            loads += [seconds_of(lambda: next(loader).sum(dtype=torch.int64)) for _ in range(10)]
+        benchmark.pedantic(stream.take, (BATCH,), setup=lambda: until_full(stream), rounds=20)
+    record(benchmark, "dataloader_over_handoff", loads, takes, take_us=takes, dataloader_us=loads)
+
+
+def test_latency_p50_us(benchmark):
+    """From the end of making a small batch to its arrival in the trainer, which waits for it."""
+    latencies = []
+    with streaming(SMALL, 8, 1, seconds=0.002) as stream:
+        stream.take(7)
+        for _ in range(300):
+            stream.take(8)
+            arrived = time.monotonic()
+            latencies.append(arrived - stream.started_at - stream.stats().timeline[-1][1])
+        benchmark.pedantic(stream.take, (8,), rounds=20)
+    benchmark.extra_info["latency_p50_us"] = round(statistics.median(latencies) * 1e6, 1)
+    benchmark.extra_info["latency_p99_us"] = round(float(np.percentile(latencies, 99)) * 1e6, 1)
+
+
+ALONE = """
+import sys, time
+sys.path[:] = {path!r}
+from {module} import compute
+compute({units})
+input()
+began = time.perf_counter()
+for _ in range({steps}):
+    compute({units})
+print(time.perf_counter() - began)
+"""
+
+
+def test_overlap_efficiency(benchmark):
+    """Producer and trainer of equal speed, a core each: at the same time but unconnected, beside connected."""
+    units, steps = calibrated(), 50
+    unconnected, connected = [], []
+    code = ALONE.format(path=sys.path, module=__name__, units=units, steps=steps)
+    with streaming(SMALL, work=units) as stream:
+
+        def train() -> None:
+            for _ in range(steps):
+                stream.take(BATCH)
+                compute(units)
+
+        for _ in range(6):
+            until_full(stream)
+            connected.append(seconds_of(train))
+            until_full(stream)
+            other = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            with core(1, (other.pid,)):
+                time.sleep(1)  # it is ready
+                assert other.stdin is not None
+                other.stdin.write("\n")
+                other.stdin.flush()
+                alone = seconds_of(lambda: [compute(units) for _ in range(steps)])
+                produced = float(other.communicate()[0])
+            unconnected.append(max(alone, produced))
+        benchmark.pedantic(train, setup=lambda: until_full(stream), rounds=2)
+    record(benchmark, "overlap_efficiency", unconnected, connected, connected_us=connected)
+
+
+def calibrated() -> int:
+    """How many units of `compute` take WORK_SECONDS here."""
+    compute(100)
+    return max(int(100 * WORK_SECONDS / seconds_of(lambda: compute(100))), 1)
+
+
+def record(benchmark, name: str, above: list[float], below: list[float], **samples: list[float]) -> None:
+    benchmark.extra_info[name] = round(statistics.median(above) / statistics.median(below), 3)
+    for label, values in samples.items():
+        benchmark.extra_info[label] = round(statistics.median(values) * 1e6, 1)
