@@ -1,4 +1,4 @@
-"""What it costs to get images from another process: the hand-off, its latency, and generation beside training.
+"""What it costs to get images from another process: the hand-off, its latency, generating beside training.
 
 Trainer and producer each have a core of their own where the machine has two.
 """
@@ -94,9 +94,9 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def until_full(stream: Stream) -> None:
-    """The producer has made all it may, and sleeps."""
+    """The producer has made all it may (the next order is issued by the next take), and sleeps."""
     deadline = time.monotonic() + 5
-    while stream.stats().ring_fill < 1 and time.monotonic() < deadline:
+    while stream.stats().ring_fill < 0.75 and time.monotonic() < deadline:
         time.sleep(0.0005)
     time.sleep(0.001)
 

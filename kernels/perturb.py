@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from streamaug.kernels._backend import Backend, on_device, tile, tl, triton, use_triton
 from streamaug.kernels.philox import _normal4, check_ids, check_out, normal, pack_counter, signed64
 
 from streamaug.errors import UsageError
 
-_CHUNK_ELEMENTS = 131072  # of an fp32 intermediate of the reference: it stays in the second-level cache
+_CHUNK_ELEMENTS = 2**20  # the reference needs a few times this much memory, however large the batch
 
 
 def perturb(
@@ -93,64 +94,63 @@ def _reference(
     stream: int,
 ) -> None:
     """`perturb` with images as rows: out [N, elements], bank [R, elements]."""
+    host = weights.cpu().numpy()
     terms = [
         term
         for term in (
-            _row_term(bank, row_a, weights[:, 0]),
-            _row_term(bank, row_b, weights[:, 1]),
-            _noise_term(ids, weights[:, 2], out.shape[1:], seed, stream),
+            _row_term(bank, row_a, host[:, 0]),
+            _row_term(bank, row_b, host[:, 1]),
+            _noise_term(ids, host[:, 2], out.shape[1:], seed, stream),
         )
         if term is not None
     ]
     if not terms:
         out.zero_()
-        return
-    step = min(max(_CHUNK_ELEMENTS // out.shape[1], 1), len(out))
-    scratch = torch.empty((2, step, out.shape[1]), dtype=torch.float32, device=out.device)
-    for start in range(0, len(out), step):
-        part = slice(start, min(start + step, len(out)))
+    step = max(_CHUNK_ELEMENTS // out.shape[1], 1)
+    for start in range(0, len(out) if terms else 0, step):
+        part = slice(start, start + step)
         target = out[part]
-        total = target if out.dtype == torch.float32 else scratch[0, : len(target)]
-        for position, (fill, scale) in enumerate(terms):
-            weight = scale if isinstance(scale, float) else scale[part]
-            if position == 0:
-                fill(part, total)
-                total.mul_(weight)
-                continue
-            values = scratch[1, : len(target)]
+        total = target if out.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+        (first, weight), *others = terms
+        first(part, total)
+        total.mul_(weight if isinstance(weight, float) else weight[part])
+        values = torch.empty_like(total) if others else total
+        for fill, weight in others:
             fill(part, values)
             if isinstance(weight, float):
                 total.add_(values, alpha=weight)
             else:
-                total.addcmul_(values, weight)
+                total.addcmul_(values, weight[part])
         if total is not target:
             target.copy_(total)
 
 
 # How to write some images' values into an fp32 [n, elements], and their weight: one number or [N, 1].
-_Term = tuple[Callable[[slice, torch.Tensor], object], float | torch.Tensor]
+_Weight = float | torch.Tensor
+_Term = tuple[Callable[[slice, torch.Tensor], object], _Weight]
 
 
-def _row_term(bank: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> _Term | None:
+def _row_term(bank: torch.Tensor, rows: torch.Tensor, weight: np.ndarray) -> _Term | None:
     """The bank rows and their weight; None when no image has a row."""
-    low, high = (int(bound) for bound in torch.aminmax(rows))
+    host = rows.cpu().numpy()
+    low, high = int(host.min()), int(host.max())
     if high >= len(bank) or low < -1:
         raise UsageError(f"rows {low}..{high}: the bank has rows 0..{len(bank) - 1}, and -1 stands for none")
     if high < 0:
         return None
     if low >= 0:
-        return lambda part, into: into.copy_(bank.index_select(0, rows[part])), _scale(weight)
+        return lambda part, into: into.copy_(bank.index_select(0, rows[part])), _weight(weight, bank.device)
     missing = (rows < 0)[:, None]
     safe_rows = rows.clamp(min=0)
 
     def fill(part: slice, into: torch.Tensor) -> None:
         into.copy_(bank.index_select(0, safe_rows[part])).masked_fill_(missing[part], 0)
 
-    return fill, weight[:, None].masked_fill(missing, 0)
+    return fill, _weight(np.where(host < 0, 0, weight), bank.device)
 
 
 def _noise_term(
-    ids: torch.Tensor, weight: torch.Tensor, shape: torch.Size, seed: int, stream: int
+    ids: torch.Tensor, weight: np.ndarray, shape: torch.Size, seed: int, stream: int
 ) -> _Term | None:
     """The noise and its weight; None when every weight is 0."""
     if not weight.any():
@@ -159,13 +159,14 @@ def _noise_term(
     def fill(part: slice, into: torch.Tensor) -> None:
         normal(ids[part], shape, seed=seed, stream=stream, out=into, backend="torch")
 
-    return fill, _scale(weight)
+    return fill, _weight(weight, ids.device)
 
 
-def _scale(weight: torch.Tensor) -> float | torch.Tensor:
-    """One number when all images have the same weight, else [N, 1]: a scalar is twice as fast to apply."""
-    low, high = (float(bound) for bound in torch.aminmax(weight))
-    return low if low == high else weight[:, None]
+def _weight(values: np.ndarray, device: torch.device) -> _Weight:
+    """One number when all images have the same weight: twice as fast to apply as [N, 1]."""
+    if (values == values[0]).all():
+        return float(values[0])
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)[:, None]
 
 
 @triton.jit(do_not_specialize=["seed", "counter_word"])

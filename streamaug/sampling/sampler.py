@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from streamaug.errors import ModelError, UsageError
-from streamaug.kernels.step import HISTORY, Column, step, used_columns
+from streamaug.kernels.step import HISTORY, Column, Columns, step, used_columns
 from streamaug.orders import OrderBatch, Schedule
 from streamaug.sampling.guidance import classifier_shift
 from streamaug.sampling.solver import SolverTable, schedule_of, solver_table
@@ -41,6 +41,7 @@ class Sampler:
         self.classifier = classifier
         self.schedule: Schedule = schedule_of(scheduler, steps)
         self._tables: dict[int, SolverTable] = {}
+        self._coefs: dict[tuple[int, int], tuple[torch.Tensor, Columns]] = {}
 
     def table(self, start: int) -> SolverTable:
         if start not in self._tables:
@@ -63,12 +64,8 @@ class Sampler:
         conditioning = self.denoiser.conditioning(images["label"], guided)
         ids = torch.from_numpy(images["id"].copy()).to(device)
 
-        coef_host = np.repeat(table.coef[:, None, :], size, axis=1)
-        coef_host[:, :, Column.GUIDANCE] = images["guidance"]
-        coef = torch.from_numpy(coef_host).to(device, torch.float32)
-        noisy = bool(coef_host[:, :, Column.CN].any())
-        # Only the reference skips columns, and finding them on a GPU would wait for it.
-        columns = used_columns(coef) if device.type == "cpu" else None
+        coef, columns = self._coefficients(table, size)
+        coef[:, :, Column.GUIDANCE] = torch.from_numpy(images["guidance"].copy()).to(device)
         index = torch.zeros(1, dtype=torch.int64, device=device)
 
         x = latents.to(device, torch.float32, copy=True).contiguous()
@@ -99,12 +96,21 @@ class Sampler:
                 stream=_STEP_STREAM,
                 guided=guided,
                 clip=table.clip,
-                noisy=noisy,
+                noisy=Column.CN in columns,
                 columns=columns,
                 backend=self.kernels,
             )
             index += 1
         return x
+
+    def _coefficients(self, table: SolverTable, size: int) -> tuple[torch.Tensor, Columns]:
+        """The table on the device, fp32 [E, B, len(Column)], kept: only its guidance column changes by batch."""
+        key = table.start, size
+        if key not in self._coefs:
+            rows = torch.from_numpy(table.coef).to(self.denoiser.device, torch.float32)
+            coef = rows[:, None, :].repeat(1, size, 1)
+            self._coefs[key] = coef, used_columns(coef)
+        return self._coefs[key]
 
     def _guided(self, images: np.ndarray) -> bool:
         """Whether any image needs the unconditional half; a batch in which every scale is 1 costs half."""

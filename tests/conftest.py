@@ -1,0 +1,36 @@
+"""Shared by all tests: a small generator on disk, and nothing of the user's own cache."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything imports Triton: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Two test processes with two threads each ruin one another on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A cache folder of the whole test run: the small prior in it is trained once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small_overrides(cache) -> list[str]:
+    """`--set` values that make the digits configuration quick: a barely trained prior of 30 steps."""
+    return [
+        f"cache={cache}",
+        "prior.steps=30",
+        "prior.channels=[16, 32]",
+        "model.steps=4",
+        "judge.steps=60",
+        "stream.batch_size=16",
+        "train.steps=12",
+        "train.batch_size=16",
+        "recipes=[{kind: noise, depth: [0.25, 0.5]}]",
+    ]

@@ -1,0 +1,104 @@
+"""The small prior: an ordinary diffusers folder, the same every time, whole or not there at all."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+from streamaug.config import PriorConfig
+from streamaug.data import ImageSet
+from streamaug.errors import ModelError
+from streamaug.prior import build_unet, prior_digest, save_atomically, train_prior
+from streamaug.sampling.denoisers import inspect
+
+CONFIG = PriorConfig(steps=3, batch_size=8, channels=[8, 16])
+
+
+def blobs(seed=0, size=8) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    return ImageSet.from_arrays(rng.integers(0, 255, (20, 1, size, size)).astype(np.uint8), [0, 1] * 10, ["a", "b"])
+
+
+def test_the_folder_opens_in_diffusers_and_tells_its_shape(tmp_path):
+    seen = []
+    path = train_prior(blobs(), CONFIG, tmp_path / "prior", threads=1, progress=lambda *step: seen.append(step))
+    pipeline = DDIMPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+    info = inspect(path)
+    assert info.image_shape == (1, 8, 8)
+    assert info.num_classes == 0
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_same_images_and_settings_give_the_same_weights(tmp_path):
+    one = train_prior(blobs(), CONFIG, tmp_path / "one", threads=1)
+    torch.rand(3)
+    other = train_prior(blobs(), CONFIG, tmp_path / "other", threads=1)
+    assert inspect(one).digest == inspect(other).digest
+    third = train_prior(blobs(), CONFIG.model_copy(update={"seed": 1}), tmp_path / "third", threads=1)
+    assert inspect(one).digest != inspect(third).digest
+
+
+def test_the_cache_name_follows_pixels_and_settings_but_not_labels_or_order():
+    images = blobs()
+    assert prior_digest(images, CONFIG) == prior_digest(images.subset(list(range(20))[::-1]), CONFIG)
+    assert prior_digest(images, CONFIG) != prior_digest(blobs(1), CONFIG)
+    assert prior_digest(images, CONFIG) != prior_digest(images, CONFIG.model_copy(update={"steps": 4}))
+    assert prior_digest(images, CONFIG) != prior_digest(images.subset(range(19)), CONFIG)
+
+
+def test_training_leaves_the_callers_random_state_and_threads_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    train_prior(blobs(), CONFIG, tmp_path / "prior", threads=1)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_an_image_size_that_cannot_be_halved_names_one_that_can():
+    with pytest.raises(ModelError, match="data.image_size to 8"):
+        build_unet((1, 9, 9), CONFIG)
+
+
+def test_a_folder_that_cannot_be_written_is_one_message_and_the_old_model_stays(tmp_path):
+    path = train_prior(blobs(), CONFIG, tmp_path / "prior", threads=1)
+    before = inspect(path).digest
+
+    class NoRoom:
+        def save_pretrained(self, folder, **_):
+            (folder / "half").write_text("x")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(ModelError, match="No space left"):
+        save_atomically(NoRoom(), path)
+    assert inspect(path).digest == before
+    assert [item.name for item in tmp_path.iterdir()] == ["prior"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="cannot be written"):
+        save_atomically(NoRoom(), tmp_path / "file" / "prior")
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    script = f"""
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+import test_prior
+from streamaug.errors import ModelError
+from streamaug.prior import train_prior
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    train_prior(test_prior.blobs(), test_prior.CONFIG, Path({str(tmp_path / "prior")!r}), threads=1)
+except ModelError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert "refused:" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
