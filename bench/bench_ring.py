@@ -50,9 +50,9 @@ def build(options: dict) -> Engine:
 
 def compute(units: int) -> None:
     """Arithmetic on one core that stays in its cache: the same work takes the same time everywhere."""
-    x = np.full((48, 48), 1e-3)
+    x = np.full(4096, 0.5)
     for _ in range(units):
-        x = x @ x
+        np.exp(-x, out=x)
 
 
 def make_stream(
@@ -158,43 +158,47 @@ ALONE = """
 import sys, time
 sys.path[:] = {path!r}
 from {module} import compute
-compute({units})
-input()
-began = time.perf_counter()
-for _ in range({steps}):
-    compute({units})
-print(time.perf_counter() - began)
+for line in sys.stdin:
+    began = time.perf_counter()
+    for _ in range({steps}):
+        compute({units})
+    print(time.perf_counter() - began, flush=True)
 """
 
 
 def test_overlap_efficiency(benchmark):
-    """Producer and trainer of equal speed, a core each: at the same time but unconnected, beside connected."""
-    units, steps = calibrated(), 50
+    """Producer and trainer of equal speed, a core each: at the same time unconnected, beside connected."""
+    units, steps = calibrated(), 25
     unconnected, connected = [], []
     code = ALONE.format(path=sys.path, module=__name__, units=units, steps=steps)
-    with streaming(SMALL, work=units) as stream:
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert other.stdin is not None and other.stdout is not None
+
+    def ask() -> None:
+        print(file=other.stdin, flush=True)
+
+    def answer() -> float:
+        return float(other.stdout.readline())
+
+    with other, streaming(SMALL, work=units) as stream, core(1, (other.pid,)), core(0):
+        ask(), answer()
 
         def train() -> None:
             for _ in range(steps):
                 stream.take(BATCH)
                 compute(units)
 
-        for _ in range(6):
-            until_full(stream)
+        for _ in range(12):
+            stream.take(4 * BATCH)  # what was made in advance does not count
             connected.append(seconds_of(train))
             until_full(stream)
-            other = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            with core(1, (other.pid,)):
-                time.sleep(1)  # it is ready
-                assert other.stdin is not None
-                other.stdin.write("\n")
-                other.stdin.flush()
-                alone = seconds_of(lambda: [compute(units) for _ in range(steps)])
-                produced = float(other.communicate()[0])
-            unconnected.append(max(alone, produced))
+            ask()
+            alone = seconds_of(lambda: [compute(units) for _ in range(steps)])
+            unconnected.append(max(alone, answer()))
         benchmark.pedantic(train, setup=lambda: until_full(stream), rounds=2)
+        other.stdin.close()
     record(benchmark, "overlap_efficiency", unconnected, connected, connected_us=connected)
 
 

@@ -26,6 +26,9 @@ log = logging.getLogger("streamaug")
 
 _TAIL_NBYTES = 16384  # of what a producer prints, the end is kept
 _LEAVE_SECONDS = 0.5  # what a producer gets to leave by itself
+_DIE_SECONDS = (
+    5.0  # a killed process that the system cannot end sooner (it waits for a device) is left behind
+)
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Producer(Protocol):
     """One producer, over all its incarnations."""
 
     can_restart: bool
+    thread: threading.Thread | None  # of the trainer, in which it runs
 
     @property
     def pid(self) -> int | None:
@@ -97,7 +101,7 @@ class ThreadProducer:
     def __init__(self, lane: Lane, work: Work):
         self._lane = lane
         self._work = work
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
 
     @property
     def watch_fds(self) -> list[int]:
@@ -105,7 +109,7 @@ class ThreadProducer:
 
     def start(self, incarnation: int) -> None:
         lane, work = self._lane, self._work
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=serve,
             args=(
                 Ring(lane.memory, lane.layout),
@@ -116,10 +120,10 @@ class ThreadProducer:
             name="streamaug-producer",
             daemon=True,
         )
-        self._thread.start()
+        self.thread.start()
 
     def alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self.thread is not None and self.thread.is_alive()
 
     def look(self) -> None:
         pass
@@ -128,8 +132,8 @@ class ThreadProducer:
         pass
 
     def stop(self) -> None:
-        if self._thread is not None:
-            self._thread.join(timeout=10)
+        if self.thread is not None:
+            self.thread.join(timeout=10)
 
     def last_words(self) -> str:
         return "its thread ended"
@@ -139,6 +143,7 @@ class ProcessProducer:
     """Backend `process`: `python -m streamaug.stream.producer`, in a session of its own."""
 
     can_restart = True
+    thread: threading.Thread | None = None
 
     def __init__(self, lane: Lane, work: Work):
         self._lane = lane
@@ -234,7 +239,8 @@ class ProcessProducer:
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.005)
         self.kill()
-        while self.alive():
+        deadline = time.monotonic() + _DIE_SECONDS
+        while self.alive() and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def last_words(self) -> str:
@@ -247,6 +253,8 @@ class ProcessProducer:
         code = process.wait()
         self.look()
         self._end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL:
+            self._end += " (the system does that when memory runs out)"
         self._process = None
         for fd in self.watch_fds:
             os.close(fd)

@@ -150,11 +150,14 @@ class Fleet:
 
     def close(self) -> None:
         """End all producers and give the memory back."""
-        if threading.current_thread() is self._keeper:  # garbage collection may strike on any thread
+        if threading.current_thread() in self._own_threads():  # garbage collection may strike on any thread
             self._closed = self._release_in_keeper = True
         elif os.getpid() == self._owner:
             self.stop()
             self.release()
+
+    def _own_threads(self) -> set[threading.Thread | None]:
+        return {self._keeper} | {watch.producer.thread for watch in self._watches}
 
     def release(self) -> None:
         for watch in self._watches:
@@ -186,8 +189,8 @@ class Fleet:
             self.mailboxes = Mailboxes(self._mailboxes_memory, *self._mailboxes_shape)
             self.mailboxes.clear()
         for _ in range(self.config.producers):
-            block = memory.Memory.create(self._memory_kind, self.layout.nbytes)
             ours, theirs = socket.socketpair()
+            block = memory.Memory.create(self._memory_kind, self.layout.nbytes)
             lane = Lane(
                 self.layout,
                 block,
@@ -201,7 +204,7 @@ class Fleet:
             self._watches.append(_Watch(_BACKENDS[self.backend](lane, self.work), lane))
 
     # The keeper's thread. Producers are started here because on Linux a producer dies with the thread that
-    # started # it: this one lives exactly as long as the fleet, whichever thread the user calls from.
+    # started it: this one lives exactly as long as the fleet, whichever thread the user calls from.
 
     def _keep(self) -> None:
         try:
@@ -212,8 +215,7 @@ class Fleet:
             while not self._closed:
                 self._doze()
                 now = time.monotonic()
-                # A gap longer than a look means that we were stopped ourselves: it is no evidence against
-                # producers.
+                # A longer gap means that we were stopped ourselves: it is no evidence against a producer.
                 elapsed, last = min(now - last, 2 * _LOOK_SECONDS), now
                 for watch in self._watches:
                     self._look(watch, now, elapsed)
@@ -311,7 +313,7 @@ class Fleet:
                 )
             )
             return
-        log.warning("a producer died, starting another (batch %d is made again): %s", ring.published, words)
+        log.warning("a producer died, starting another, which makes its last batch again: %s", words)
         self.restarts += 1
         self._spawn(watch)
 

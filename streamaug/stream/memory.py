@@ -5,6 +5,7 @@ clean up.
 """
 
 import contextlib
+import errno
 import mmap
 import os
 import tempfile
@@ -46,6 +47,8 @@ class Memory:
         except OSError as error:
             if fd is not None:
                 os.close(fd)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             raise MemoryTooSmall(
                 f"the ring needs {human(nbytes)} and the system refused it ({error.strerror}; "
                 f"stream.memory: {kind}); {_WHAT_HELPS}"

@@ -42,6 +42,8 @@ def serve(ring: Ring, mailboxes: Mailboxes | None, wake: socket.socket, build: C
     try:
         loop.run(build())
     except BaseException as error:
+        if ring.closing:
+            return
         ring.fail(type(error).__name__, str(error), traceback.format_exc(), loop.k)
         hint(wake)
 
@@ -135,7 +137,7 @@ def _check(count: int, reasons: np.ndarray, order: OrderBatch) -> None:
 
 def hint(wake: socket.socket) -> None:
     """Wake whoever waits on the other end. May be lost: the sequence numbers are the truth."""
-    with contextlib.suppress(BlockingIOError, ConnectionError):
+    with contextlib.suppress(OSError):
         wake.send(b"!", socket.MSG_DONTWAIT)
 
 

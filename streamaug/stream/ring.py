@@ -295,15 +295,12 @@ class Mailboxes:
         return None
 
 
-_lock = threading.Lock()
-
-
 def _fence() -> None:
-    """Order memory accesses on processors that reorder them: two lock cycles are a full barrier between
-    them."""
-    with _lock:
+    """Order memory accesses on processors that reorder them: taking a lock twice is a full barrier."""
+    lock = threading.Lock()  # its own: a shared one could be held by another thread when the process forks
+    with lock:
         pass
-    with _lock:
+    with lock:
         pass
 
 

@@ -211,6 +211,7 @@ class Stream:
                 raise
             if self._current is not None and self._current.offset == self._slot(self._current).count:
                 self._consume(self._current)
+            self._issue()  # after the copy, so that a producer that wakes up does not compete with it
             self._recorder.waited(self._waited)
             return out if self._filled == n else out[: self._filled]
 
@@ -245,10 +246,12 @@ class Stream:
             batch = self._current
             if batch is None:
                 self._plan_ahead()
+                batch = self._open_ready()
+            if batch is None:
                 self._issue()
                 batch = self._open_ready()
-                if batch is None:
-                    return None
+            if batch is None:
+                return None
             left = self._slot(batch).count - batch.offset
             passed = min(self._skip, left)
             batch.offset, self._skip = batch.offset + passed, self._skip - passed
@@ -371,9 +374,9 @@ class Stream:
     def _consume(self, batch: _Batch) -> None:
         """The current batch was delivered to its end: its slot is free."""
         empty = self._slot(batch).count == 0
-        self._steering.consumed(*self._arrival)
-        self._released[batch.ring] = batch.number + 1
         self._current = None
+        self._released[batch.ring] = batch.number + 1
+        self._steering.consumed(*self._arrival)
         self._empty_run = self._empty_run + 1 if empty else 0
         if self._empty_run >= self.config.max_empty:
             raise EverythingRejected(
@@ -430,7 +433,7 @@ class Stream:
         self._drop_everything()
         self._reset_plan(classes, rows)
         if first_k is not None:
-            self._next_k = first_k + (self.rank - first_k) % self.world_size
+            self._next_k = int(first_k) + (self.rank - int(first_k)) % self.world_size
         self._empty_run = 0
 
     def _reset_plan(self, classes: np.ndarray | None, rows: np.ndarray | None) -> None:

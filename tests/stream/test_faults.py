@@ -43,7 +43,7 @@ def test_five_kills_at_random_moments_deliver_the_same_images():
                 time.sleep(rng.uniform(0, 0.02))
                 os.kill(rng.choice(stream.producer_pids), signal.SIGKILL)
                 kills += 1
-                next_kill = time.monotonic() + 0.7
+                next_kill = time.monotonic() + 0.4
         until(lambda: stream.stats().restarts == 5)
     assert images == undisturbed([len(images)], engine_options={"reject": 0.2})
 
@@ -177,14 +177,14 @@ def test_a_stopped_producer_is_reported_and_then_replaced(tmp_path, caplog):
 
 
 def test_slow_work_is_not_a_hang_as_long_as_it_beats(caplog):
-    with make_stream(stall_timeout=0.3, hang_timeout=0.5, engine_options={"seconds": 1.2}) as stream:
+    with make_stream(stall_timeout=0.2, hang_timeout=0.4, engine_options={"seconds": 0.8}) as stream:
         stream.take(16)
         assert stream.stats().restarts == 0
     assert "progress" not in caplog.text
 
 
 def test_the_first_batch_may_take_as_long_as_starting():
-    options = {"seconds": 1.0, "beat": False}
+    options = {"seconds": 0.8, "beat": False}
     with make_stream(stall_timeout=0.2, hang_timeout=0.4, start_timeout=30, engine_options=options) as stream:
         stream.take(8)
         assert stream.stats().restarts == 0
@@ -207,7 +207,7 @@ def test_a_producer_that_is_never_ready_is_an_error():
 
 
 def test_a_hung_thread_is_an_error_because_it_cannot_be_replaced():
-    options = {"seconds": 2.5, "beat": False}
+    options = {"seconds": 1.5, "beat": False}
     with (
         make_stream(
             backend="local", stall_timeout=0.1, hang_timeout=0.3, start_timeout=0.3, engine_options=options

@@ -1,0 +1,5 @@
+"""`python -m streamaug` is the `streamaug` command."""
+
+from streamaug.cli import main
+
+main()
