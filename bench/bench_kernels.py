@@ -49,9 +49,7 @@ class DdimSteps:
         stride = self.scheduler.config.num_train_timesteps // STEPS
         for evaluation, timestep in enumerate(self.timesteps):
             signal = signals[timestep]
-            following = (
-                signals[timestep - stride] if timestep >= stride else self.scheduler.final_alpha_cumprod
-            )
+            following = signals[timestep - stride] if timestep >= stride else self.scheduler.final_alpha_cumprod
             coef[evaluation, :, Column.A] = signal**-0.5
             coef[evaluation, :, Column.S] = -((1 / signal - 1) ** 0.5)
             coef[evaluation, :, Column.C0] = following**0.5
@@ -125,9 +123,7 @@ if shutil.which("g++") or shutil.which("clang++"):
 
         def compiled_step() -> None:
             evaluation = int(run.index)
-            compiled(
-                run.x, run.model_out, run.coef[evaluation], run.history[evaluation % HISTORY], run.net_in
-            )
+            compiled(run.x, run.model_out, run.coef[evaluation], run.history[evaluation % HISTORY], run.net_in)
             run._advance()
 
         run.fused()

@@ -55,9 +55,7 @@ def compute(units: int) -> None:
         np.exp(-x, out=x)
 
 
-def make_stream(
-    image_shape: tuple[int, int, int], batch_size: int = BATCH, in_flight: int = 4, **options
-) -> Stream:
+def make_stream(image_shape: tuple[int, int, int], batch_size: int = BATCH, in_flight: int = 4, **options) -> Stream:
     schedule = Schedule(np.linspace(0, 1, 11), np.linspace(1, 0, 11))
     return Stream(
         Planner(np.arange(30) % 10, 10, schedule, [Recipe(kind="noise")], batch_size, seed=0),

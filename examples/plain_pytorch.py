@@ -14,16 +14,12 @@ from torchvision.transforms import v2
 import streamaug as sa
 from streamaug.data import ImageDataset, load_splits
 
-digits = load_splits(
-    sa.load("digits").data
-)  # scikit-learn's digits; 500 that neither script nor stream trains on
+digits = load_splits(sa.load("digits").data)  # scikit-learn's digits; 500 that neither script nor stream trains on
 shots = digits.train.subset(digits.train.select_shots(3, seed=0))
 train, test = ImageDataset(shots), ImageDataset(digits.test)
 
 torch.manual_seed(0)
-loader = DataLoader(
-    train, batch_size=64, sampler=RandomSampler(train, replacement=True, num_samples=64 * 500)
-)
+loader = DataLoader(train, batch_size=64, sampler=RandomSampler(train, replacement=True, num_samples=64 * 500))
 if "--real-only" not in sys.argv:
     loader = sa.StreamLoader(loader, sa.Stream.from_config("digits"), ratio=0.5)  # the line that changes
 

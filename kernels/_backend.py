@@ -54,9 +54,7 @@ def use_triton(backend: Backend, tensor: torch.Tensor) -> bool:
     if backend != "triton":
         raise UsageError(f"backend {backend!r}: expected 'auto', 'torch' or 'triton'")
     if not triton_available():
-        raise UsageError(
-            "backend 'triton': Triton is not installed; pip install triton, or use backend 'auto'"
-        )
+        raise UsageError("backend 'triton': Triton is not installed; pip install triton, or use backend 'auto'")
     if not tensor.is_cuda and not interpreted():
         raise UsageError(
             f"backend 'triton': the tensors are on {tensor.device} and Triton runs on CUDA devices; "

@@ -31,9 +31,7 @@ def collect(
     `memory_format`. Raises UsageError.
     """
     if slots.dtype != torch.uint8 or slots.dim() != 4 or not slots.is_contiguous():
-        raise UsageError(
-            f"slots: expected contiguous uint8 [M, C, H, W], got {slots.dtype} {list(slots.shape)}"
-        )
+        raise UsageError(f"slots: expected contiguous uint8 [M, C, H, W], got {slots.dtype} {list(slots.shape)}")
     count, (channels, height, width) = index.shape[0], slots.shape[1:]
     check_ids(index, count, "index")
     if dtype != torch.uint8 and not dtype.is_floating_point:

@@ -20,9 +20,7 @@ def emit(
     if keep.dtype != torch.bool or keep.shape != decoded.shape[:1]:
         raise UsageError(f"keep: expected bool [{len(decoded)}], got {keep.dtype} {list(keep.shape)}")
     if out.dtype != torch.uint8 or out.shape != decoded.shape or not out.is_contiguous():
-        raise UsageError(
-            f"out: expected contiguous uint8 {list(decoded.shape)}, got {out.dtype} {list(out.shape)}"
-        )
+        raise UsageError(f"out: expected contiguous uint8 {list(decoded.shape)}, got {out.dtype} {list(out.shape)}")
     if not use_triton(backend, decoded):
         return _reference(decoded, keep, out)
     batch, channels, height, width = decoded.shape
@@ -81,9 +79,7 @@ def _strides(images: torch.Tensor) -> tuple[int, int]:
     return (pixels, 1) if images.is_contiguous() else (1, channels)
 
 
-def _reference(
-    decoded: torch.Tensor, keep: torch.Tensor, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(decoded: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     passed = torch.isfinite(decoded).flatten(1).all(1).logical_and_(keep)
     chosen = passed.nonzero().squeeze(1)
     values = decoded.index_select(0, chosen).float()

@@ -78,9 +78,7 @@ def _check(
     check_ids(row_a, count, "row_a")
     check_ids(row_b, count, "row_b")
     if weights.dtype != torch.float32 or weights.shape != (count, 3) or not weights.is_contiguous():
-        raise UsageError(
-            f"weights: expected contiguous fp32 [{count}, 3], got {weights.dtype} {list(weights.shape)}"
-        )
+        raise UsageError(f"weights: expected contiguous fp32 [{count}, 3], got {weights.dtype} {list(weights.shape)}")
 
 
 def _reference(
@@ -149,9 +147,7 @@ def _row_term(bank: torch.Tensor, rows: torch.Tensor, weight: np.ndarray) -> _Te
     return fill, _weight(np.where(host < 0, 0, weight), bank.device)
 
 
-def _noise_term(
-    ids: torch.Tensor, weight: np.ndarray, shape: torch.Size, seed: int, stream: int
-) -> _Term | None:
+def _noise_term(ids: torch.Tensor, weight: np.ndarray, shape: torch.Size, seed: int, stream: int) -> _Term | None:
     """The noise and its weight; None when every weight is 0."""
     if not weight.any():
         return None

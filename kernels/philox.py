@@ -181,9 +181,7 @@ def _keys(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
     def pairs(word: int, weyl: int) -> list[np.ndarray]:
         turns = [(word + turn * weyl) & 0xFFFFFFFF for turn in range(_ROUNDS)]
-        return [
-            np.array(high << 32 | low, np.uint64) for high, low in zip(turns[::2], turns[1::2], strict=True)
-        ]
+        return [np.array(high << 32 | low, np.uint64) for high, low in zip(turns[::2], turns[1::2], strict=True)]
 
     return pairs(seed & 0xFFFFFFFF, _WEYL_A), pairs(seed >> 32 & 0xFFFFFFFF, _WEYL_B)
 
@@ -221,8 +219,7 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, dev
     """Raises UsageError unless `out` is what the kernel would have allocated."""
     if out.shape != shape or out.dtype != dtype or out.device != device:
         raise UsageError(
-            f"out: expected {dtype} {list(shape)} on {device}, "
-            f"got {out.dtype} {list(out.shape)} on {out.device}"
+            f"out: expected {dtype} {list(shape)} on {device}, got {out.dtype} {list(out.shape)} on {out.device}"
         )
 
 
@@ -230,9 +227,7 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, dev
 def _words(seed, c0, c1, id):
     """The four words of the counters (c0, c1, id): uint32."""
     c0 = c0.to(tl.uint32)
-    return tl.philox(
-        seed, c0, c0 * 0 + c1.to(tl.uint32), id.to(tl.uint32) + c0 * 0, (id >> 32).to(tl.uint32) + c0 * 0
-    )
+    return tl.philox(seed, c0, c0 * 0 + c1.to(tl.uint32), id.to(tl.uint32) + c0 * 0, (id >> 32).to(tl.uint32) + c0 * 0)
 
 
 @triton.jit
@@ -267,9 +262,7 @@ def _normal_kernel(out, ids, seed: tl.int64, counter_word: tl.int64, size, BLOCK
 
 
 @triton.jit(do_not_specialize=["seed", "counter_word", "first_block"])
-def _bits_kernel(
-    out, ids, seed: tl.int64, counter_word: tl.int64, first_block: tl.int64, blocks, BLOCK: tl.constexpr
-):
+def _bits_kernel(out, ids, seed: tl.int64, counter_word: tl.int64, first_block: tl.int64, blocks, BLOCK: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     r0, r1, r2, r3 = _words(seed, first_block + block, counter_word, tl.load(ids + image))

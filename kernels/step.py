@@ -107,9 +107,7 @@ def step(
     """
     _check(x, model_out, coef, index, history, net_in, ids, guided)
     if not use_triton(backend, x):
-        _reference(
-            x, model_out, coef, index, history, net_in, ids, seed, stream, guided, clip, noisy, columns
-        )
+        _reference(x, model_out, coef, index, history, net_in, ids, seed, stream, guided, clip, noisy, columns)
         return
     out_strides, in_strides = _strides(model_out), _strides(net_in)
     if out_strides is None:
@@ -166,13 +164,10 @@ def _check(
             f"{'with' if guided else 'without'} guidance, got {list(model_out.shape)}"
         )
     if net_in.shape[1:] != image or net_in.shape[0] not in (batch, 2 * batch):
-        raise UsageError(
-            f"net_in: expected [{batch} or {2 * batch}, *{list(image)}], got {list(net_in.shape)}"
-        )
+        raise UsageError(f"net_in: expected [{batch} or {2 * batch}, *{list(image)}], got {list(net_in.shape)}")
     if history.shape != (HISTORY, *shape) or history.dtype != torch.float32 or not history.is_contiguous():
         raise UsageError(
-            f"history: expected contiguous fp32 {[HISTORY, *shape]}, "
-            f"got {history.dtype} {list(history.shape)}"
+            f"history: expected contiguous fp32 {[HISTORY, *shape]}, got {history.dtype} {list(history.shape)}"
         )
     if coef.dtype != torch.float32 or coef.shape[1:] != (batch, len(Column)) or not coef.is_contiguous():
         raise UsageError(

@@ -1,9 +1,9 @@
 """Train image classifiers on an endless stream of fresh synthetic images, with one changed line.
 
-    import streamaug as sa
+import streamaug as sa
 
-    stream = sa.Stream.from_config("digits")
-    loader = sa.StreamLoader(real_loader, stream, ratio=0.5)
+stream = sa.Stream.from_config("digits")
+loader = sa.StreamLoader(real_loader, stream, ratio=0.5)
 """
 
 from importlib import import_module

@@ -128,9 +128,7 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="20 seeds and a real-only arm of equal wall time; no time limit.")
     ] = False,
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="Everything tiny: does it run? Under a minute.")
-    ] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Everything tiny: does it run? Under a minute.")] = False,
     overrides: SetOption = None,
 ) -> None:
     """Train a classifier without and with the stream, and report the difference."""

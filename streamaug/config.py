@@ -29,9 +29,7 @@ def _expand_path(value: Any) -> Any:
         name, default = match.group(1), match.group(2)
         found = os.environ.get(name, default)
         if found is None:
-            raise ValueError(
-                f"the environment variable {name} is not set (set it, or write ${{{name}:-a default}})"
-            )
+            raise ValueError(f"the environment variable {name} is not set (set it, or write ${{{name}:-a default}})")
         return found
 
     return os.path.expanduser(_VARIABLE.sub(substitute, value))

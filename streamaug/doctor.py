@@ -108,9 +108,7 @@ def _requirements() -> list[_Requirement]:
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
         if package:
             found.append(
-                _Requirement(
-                    package.group(), minimum.group(1) if minimum else "", extra.group(1) if extra else ""
-                )
+                _Requirement(package.group(), minimum.group(1) if minimum else "", extra.group(1) if extra else "")
             )
     return found
 
@@ -197,9 +195,7 @@ def _threads(config: Config) -> Iterator[Check]:
     threads = config.stream.producers * config.stream.threads + config.train.threads
     found = f"{cores} cores; producers and training use {threads} threads"
     if threads > cores:
-        advice = (
-            "processes that share cores slow each other down a lot: lower stream.threads or train.threads"
-        )
+        advice = "processes that share cores slow each other down a lot: lower stream.threads or train.threads"
         yield Check("warn", "cpu threads", found, advice)
     else:
         yield Check("ok", "cpu threads", found)
@@ -211,9 +207,7 @@ def _ring(config: Config) -> Iterator[Check]:
     used = kind == "shm"
     if os.path.isdir(folder):
         size = human(shutil.disk_usage(folder).total)
-        yield Check(
-            "ok", "shared memory", f"{folder} {size}{'' if used else f' (not used: the ring is in {kind})'}"
-        )
+        yield Check("ok", "shared memory", f"{folder} {size}{'' if used else f' (not used: the ring is in {kind})'}")
     elif used:
         yield Check("fail", "shared memory", f"no {folder}", "--set stream.memory=auto")
     else:
@@ -229,9 +223,7 @@ def _ring(config: Config) -> Iterator[Check]:
     else:
         advice = "a smaller stream.batch_size or stream.in_flight"
         if used:
-            advice += (
-                "; stream.memory=memfd; or more: docker run --shm-size=2g, mount -o remount,size=2g /dev/shm"
-            )
+            advice += "; stream.memory=memfd; or more: docker run --shm-size=2g, mount -o remount,size=2g /dev/shm"
         yield Check("fail", "ring memory", found, advice)
 
 
@@ -278,9 +270,7 @@ def _inputs(config: Config) -> Iterator[Check]:
         if folder.is_dir():
             yield Check("ok", key, str(folder))
         else:
-            yield Check(
-                "fail", key, f"{folder}: no such folder", f"--set {key}=A_FOLDER with one folder per class"
-            )
+            yield Check("fail", key, f"{folder}: no such folder", f"--set {key}=A_FOLDER with one folder per class")
     if config.model.path is None:
         yield Check("ok", "model", "none named: a small one is trained into the cache")
         return

@@ -23,9 +23,7 @@ def real_batches(labelled: ImageSet, config: TrainConfig, seed: int) -> DataLoad
     """The DataLoader a user would have: one epoch is the whole run, images drawn with replacement."""
     random = torch.Generator().manual_seed(seed)
     dataset = ImageDataset(labelled)
-    sampler = RandomSampler(
-        dataset, replacement=True, num_samples=config.steps * config.batch_size, generator=random
-    )
+    sampler = RandomSampler(dataset, replacement=True, num_samples=config.steps * config.batch_size, generator=random)
     return DataLoader(dataset, batch_size=config.batch_size, sampler=sampler)
 
 
@@ -106,7 +104,14 @@ def train_run(config: Config, *, out: Path, view: Any, real_only: bool = False) 
 
         every = max(settings.steps // 10, 1)
         return run_arm(
-            config, settings, prepared.labelled, test, seed=config.seed, stream=stream, eval_every=every, on_step=on_step
+            config,
+            settings,
+            prepared.labelled,
+            test,
+            seed=config.seed,
+            stream=stream,
+            eval_every=every,
+            on_step=on_step,
         )
 
     if real_only:
@@ -133,5 +138,3 @@ def train_run(config: Config, *, out: Path, view: Any, real_only: bool = False) 
 
     write_json(report, out / "report.json")
     return report
-
-

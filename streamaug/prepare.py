@@ -79,7 +79,11 @@ class Prepared:
     @property
     def plan_extra(self) -> dict[str, Any]:
         """What images depend on besides the plan: a state saved under another value is refused."""
-        return {"model": self.model.digest, "bank": self.bank.digest, "sampling": self.config.digest("model", "judge")}
+        return {
+            "model": self.model.digest,
+            "bank": self.bank.digest,
+            "sampling": self.config.digest("model", "judge"),
+        }
 
 
 def prepare(

@@ -200,9 +200,7 @@ def test_the_configuration_of_these_tests_is_good(settings: list[str]) -> None:
     assert "(6 images)" in result.stdout
 
 
-def test_an_image_folder_that_cannot_be_used_is_refused(
-    settings: list[str], tmp_path: Path, images: Path
-) -> None:
+def test_an_image_folder_that_cannot_be_used_is_refused(settings: list[str], tmp_path: Path, images: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no such folder" in refusal("invert", *settings, "--set", f"data.root={tmp_path / 'imagse'}")
     assert "is empty" in refusal("invert", *settings, "--set", f"data.root={tmp_path / 'empty'}")

@@ -45,9 +45,7 @@ def make_plan(changed: dict[int, str] | None = None, rows: int = ROWS, **setting
 def compute(plan: BankPlan, rows: np.ndarray) -> dict[str, torch.Tensor]:
     """Two tensors that depend on the row's source and the model alone."""
     seeds = [
-        int.from_bytes(
-            hashlib.sha256((plan.source_hashes[row] + plan.meta["model"]).encode()).digest()[:4], "big"
-        )
+        int.from_bytes(hashlib.sha256((plan.source_hashes[row] + plan.meta["model"]).encode()).digest()[:4], "big")
         for row in rows
     ]
     latent = torch.stack([torch.from_numpy(np.random.default_rng(s).normal(size=(2, 3, 3))) for s in seeds])
@@ -90,10 +88,7 @@ def test_a_bank_gives_back_what_was_put_into_it(expected):
     everything = compute(plan, np.arange(ROWS))
     assert bank.num_rows == len(bank) == ROWS and bank.tensor_names == ["latent", "tokens"]
     assert torch.equal(bank.tensor("latent"), everything["latent"].half())
-    assert (
-        torch.equal(bank.tensor("tokens"), everything["tokens"])
-        and bank.tensor("tokens").dtype == torch.int64
-    )
+    assert torch.equal(bank.tensor("tokens"), everything["tokens"]) and bank.tensor("tokens").dtype == torch.int64
     assert bank.labels.tolist() == plan.labels.tolist() and bank.labels.dtype == np.int64
     assert bank.class_names == plan.class_names and bank.meta == plan.meta and bank.image_shape == (1, 4, 4)
     assert bank.source_hashes == plan.source_hashes and bank.source_names == plan.source_names
@@ -146,9 +141,7 @@ def make_sparse_bank(path: Path, rows: int, shard_rows: int, shape: list[int]) -
     for number, start in enumerate(range(0, rows, shard_rows)):
         count = min(shard_rows, rows - start)
         size = 2 * count * int(np.prod(shape))
-        header = json.dumps(
-            {"latent": {"dtype": "F16", "shape": [count, *shape], "data_offsets": [0, size]}}
-        ).encode()
+        header = json.dumps({"latent": {"dtype": "F16", "shape": [count, *shape], "data_offsets": [0, size]}}).encode()
         file = path / f"shard-{number:05d}-0.safetensors"
         file.write_bytes(len(header).to_bytes(8, "little") + header)
         os.truncate(file, 8 + len(header) + size)
@@ -292,9 +285,7 @@ def test_an_unfinished_bank_cannot_be_opened_or_finished(tmp_path):
 
 @settings(deadline=None, max_examples=12)
 @given(changed=st.sets(st.integers(0, ROWS - 1), min_size=1, max_size=4))
-def test_changed_images_redo_their_groups_only_and_leave_no_trace_of_history(
-    expected, tmp_path_factory, changed
-):
+def test_changed_images_redo_their_groups_only_and_leave_no_trace_of_history(expected, tmp_path_factory, changed):
     path = tmp_path_factory.mktemp("changed")
     shutil.copytree(expected[2].path, path / "old")
     plan = make_plan({row: f"changed {row}" for row in changed})
@@ -341,9 +332,7 @@ def test_the_old_bank_stays_whole_until_the_new_one_is_finished(expected, copy):
             old = LatentBank.open(copy)
             assert old.digest == expected[2].digest and old.verify() == []
         assert writer.finish().digest != expected[2].digest
-    assert torch.equal(
-        old.tensor("latent"), expected[2].tensor("latent")
-    )  # an open bank outlives its files' names
+    assert torch.equal(old.tensor("latent"), expected[2].tensor("latent"))  # an open bank outlives its files' names
 
 
 def test_only_a_complete_bank_of_the_same_plan_is_current(expected, copy):
@@ -501,9 +490,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(expected, copy):
             except test_bank.BankError as error:
                 print(done, error)
     """)
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.startswith("1 ") and "cannot be written: File too large" in result.stdout
     assert "start again to go on from there" in result.stdout
     assert {name: data for name, data in contents(copy).items() if name in before} == before
@@ -524,9 +511,7 @@ def test_no_space_left_while_finishing_keeps_the_old_bank(expected, copy, monkey
         for group in writer.pending():
             writer.put(group, compute(plan, group.padded))
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(
-            BankError, match=r"No space left on device \(0.0 MB needed\); what was finished is"
-        ):
+        with pytest.raises(BankError, match=r"No space left on device \(0.0 MB needed\); what was finished is"):
             writer.finish()
     monkeypatch.undo()
     assert LatentBank.open(copy).digest == expected[2].digest
@@ -552,9 +537,7 @@ def test_a_row_that_overflows_the_dtype_is_refused_with_its_source(tmp_path):
         group = list(writer.pending())[1]
         tensors = compute(plan, group.padded)
         tensors["latent"][1] = 1e6
-        with pytest.raises(
-            BankError, match=r"not finite in float16 for 1 of 3 images.*images/4.png.*float32"
-        ):
+        with pytest.raises(BankError, match=r"not finite in float16 for 1 of 3 images.*images/4.png.*float32"):
             writer.put(group, tensors)
 
 

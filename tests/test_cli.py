@@ -130,9 +130,7 @@ def test_preview_writes_a_png_of_what_the_stream_delivers(monkeypatch, digits: P
 
         def take(self, n: int):
             images = np.zeros((n, 1, 8, 8), np.uint8)
-            return SimpleNamespace(
-                images=images, labels=np.arange(n) % 2, starts=np.full(n, 6), scores=np.full(n, 0.5)
-            )
+            return SimpleNamespace(images=images, labels=np.arange(n) % 2, starts=np.full(n, 6), scores=np.full(n, 0.5))
 
     planner = SimpleNamespace(schedule=SimpleNamespace(steps=12))
     prepared = SimpleNamespace(planner=planner, judge=object(), class_names=["cat", "dog"])
@@ -188,9 +186,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch, digits: Path, tmp_pat
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
 )
-def test_a_signal_runs_the_clean_up_and_sets_the_exit_code(
-    number, code, digits: Path, tmp_path: Path
-) -> None:
+def test_a_signal_runs_the_clean_up_and_sets_the_exit_code(number, code, digits: Path, tmp_path: Path) -> None:
     script = tmp_path / "interrupted.py"
     script.write_text(
         "import sys, time\nfrom pathlib import Path\nfrom types import ModuleType\n"

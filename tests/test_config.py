@@ -74,9 +74,7 @@ def test_environment_variables_are_expanded_in_paths(monkeypatch, tmp_path):
 
 
 def test_overrides_apply_after_the_file():
-    config = parse(
-        "prior: {}\nrecipes: [{kind: noise}]", "x", ["loader.ratio=0.25", "recipes.0.depth=[0.1, 0.2]"]
-    )
+    config = parse("prior: {}\nrecipes: [{kind: noise}]", "x", ["loader.ratio=0.25", "recipes.0.depth=[0.1, 0.2]"])
     assert config.loader.ratio == 0.25
     assert config.recipes[0].depth == (0.1, 0.2)
 

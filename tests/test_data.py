@@ -215,9 +215,7 @@ def test_pixels_of_a_test_image_never_stay_in_train_or_validation(tmp_path):
 
 def test_a_test_folder_that_is_the_training_folder_is_refused(tmp_path):
     root = make_folder(tmp_path / "train", {"a": 3, "b": 3})
-    with pytest.raises(
-        DataError, match=r"every train image of class 'a' has the same pixels as a test image"
-    ):
+    with pytest.raises(DataError, match=r"every train image of class 'a' has the same pixels as a test image"):
         load_splits(folder_config(root, test_root=root))
 
 
@@ -274,9 +272,7 @@ def test_every_division_is_disjoint_complete_and_has_every_class_on_both_sides(c
 
 def test_a_misspelt_folder_names_the_nearest(tmp_path):
     make_folder(tmp_path / "photos", {"a": 1})
-    with pytest.raises(
-        DataError, match=r"fotos: no such folder \(did you mean 'photos'\?\).*root/cat/001.png"
-    ):
+    with pytest.raises(DataError, match=r"fotos: no such folder \(did you mean 'photos'\?\).*root/cat/001.png"):
         load_splits(folder_config(tmp_path / "fotos"))
 
 
@@ -332,9 +328,7 @@ def test_a_class_whose_files_are_all_bad_is_refused_with_the_list(tmp_path):
 # ---- one file
 
 
-def read(
-    image: Image.Image, path: Path, channels: int = 3, size: int = 8, fit="stretch", **save
-) -> np.ndarray:
+def read(image: Image.Image, path: Path, channels: int = 3, size: int = 8, fit="stretch", **save) -> np.ndarray:
     image.save(path, **save)
     return read_image(path, size, channels, fit)
 
@@ -438,9 +432,7 @@ def test_an_image_of_the_wanted_size_is_left_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_shrinking_does_not_alias(tmp_path, suffix):
-    board = (
-        np.indices((512, 512)).sum(0) % 2 * 255
-    )  # a one-pixel chessboard: an aliased reduction is not grey
+    board = np.indices((512, 512)).sum(0) % 2 * 255  # a one-pixel chessboard: an aliased reduction is not grey
     image = Image.fromarray(board.astype(np.uint8))
     pixels = read(image, tmp_path / f"x.{suffix}", channels=1, size=16, fit="crop")
     assert np.abs(pixels.astype(int) - 127).max() <= 3

@@ -15,8 +15,23 @@ import pytest
 from PIL import Image
 
 DEMO_KEYS = {
-    *("real_only", "stream", "gain_mean", "gain_ci95", "images_generated", "images_delivered", "images_per_second"),
-    *("fresh_share", "mean_reuse", "acceptance", "stall_seconds", "time_to_first_batch_seconds", "seconds_total"),
+    *(
+        "real_only",
+        "stream",
+        "gain_mean",
+        "gain_ci95",
+        "images_generated",
+        "images_delivered",
+        "images_per_second",
+    ),
+    *(
+        "fresh_share",
+        "mean_reuse",
+        "acceptance",
+        "stall_seconds",
+        "time_to_first_batch_seconds",
+        "seconds_total",
+    ),
     *("versions", "command", "config"),
 }
 
@@ -28,7 +43,12 @@ def command(*arguments, overrides=()):
 
 def run(*arguments, overrides=(), cwd=None, **options):
     done = subprocess.run(
-        command(*arguments, overrides=overrides), capture_output=True, text=True, timeout=110, cwd=cwd, **options
+        command(*arguments, overrides=overrides),
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=cwd,
+        **options,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -192,9 +212,7 @@ def test_a_folder_of_pngs_trains_and_previews(tmp_path, cache):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["delivered"] == 6 * 4
     assert "broken.png" in " ".join(report["notes"])
-    code, _, errors = run(
-        "preview", "folder", "--out", tmp_path / "preview.png", "--count", 8, overrides=overrides
-    )
+    code, _, errors = run("preview", "folder", "--out", tmp_path / "preview.png", "--count", 8, overrides=overrides)
     assert code == 0, errors
     with Image.open(tmp_path / "preview.png") as image:
         assert min(image.size) > 200

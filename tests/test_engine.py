@@ -124,10 +124,10 @@ def _with_stream(prepared, stream_config):
 
 def test_a_loader_whose_collect_raises_fails_too(prepared, monkeypatch):
     import torch
+    from streamaug.kernels import collect
     from torch.utils.data import DataLoader, TensorDataset
 
     import streamaug as sa
-    from streamaug.kernels import collect
 
     def broken(*args, **kwargs):
         raise RuntimeError("collect was called")

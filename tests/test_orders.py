@@ -37,9 +37,9 @@ def test_a_batch_depends_on_seed_k_and_weights_alone(seed, k, before):
 @given(k=st.integers(0, 1000))
 def test_other_k_and_other_seeds_give_other_batches(k):
     first = planner().batch(k, planner().uniform()).images
-    assert not np.array_equal(first["t"], planner().batch(k + 1, planner().uniform()).images["t"]) or not np.array_equal(
-        first["row_a"], planner().batch(k + 1, planner().uniform()).images["row_a"]
-    )
+    assert not np.array_equal(
+        first["t"], planner().batch(k + 1, planner().uniform()).images["t"]
+    ) or not np.array_equal(first["row_a"], planner().batch(k + 1, planner().uniform()).images["row_a"])
     assert not np.array_equal(first["row_a"], planner(seed=1).batch(k, planner().uniform()).images["row_a"])
 
 
@@ -55,7 +55,10 @@ def test_ids_of_different_batches_are_disjoint(ks):
     assert len(np.unique(ids)) == len(ids)
 
 
-@given(weights=st.lists(st.floats(0, 10), min_size=4, max_size=4).filter(lambda w: sum(w) > 0.1), k=st.integers(0, 50))
+@given(
+    weights=st.lists(st.floats(0, 10), min_size=4, max_size=4).filter(lambda w: sum(w) > 0.1),
+    k=st.integers(0, 50),
+)
 def test_class_shares_are_within_one_image_of_their_weights(weights, k):
     plan = planner()
     counts = np.bincount(plan.batch(k, Weights(0, np.array(weights))).images["label"], minlength=4)

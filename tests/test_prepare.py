@@ -106,7 +106,11 @@ def test_weights_with_nan_name_the_tensor(model_copy):
     save_file(weights, file)
     with pytest.raises(ModelError, match=r"conv_in\.weight"):
         UNet2D.load(
-            inspect(model_copy), null_class=None, device=torch.device("cpu"), dtype=torch.float32, channels_last=False
+            inspect(model_copy),
+            null_class=None,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            channels_last=False,
         )
 
 
@@ -115,7 +119,11 @@ def test_a_truncated_weight_file_is_one_message(model_copy):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
         UNet2D.load(
-            inspect(model_copy), null_class=None, device=torch.device("cpu"), dtype=torch.float32, channels_last=False
+            inspect(model_copy),
+            null_class=None,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            channels_last=False,
         )
 
 

@@ -62,7 +62,7 @@ def test_training_leaves_the_callers_random_state_and_threads_alone(tmp_path):
 
 
 def test_an_image_size_that_cannot_be_halved_names_one_that_can():
-    with pytest.raises(ModelError, match="data.image_size to 8"):
+    with pytest.raises(ModelError, match=r"data\.image_size to 8"):
         build_unet((1, 9, 9), CONFIG)
 
 

@@ -110,9 +110,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise BankError(f"{file}: not the index of a latent bank, or damaged; run `streamaug invert` again")
     _refuse_newer(folder, index)
     if index.pop("checksum", None) != _checksum(index):
-        raise BankError(
-            f"{file}: its checksum does not fit its contents; run `streamaug invert` again to restore it"
-        )
+        raise BankError(f"{file}: its checksum does not fit its contents; run `streamaug invert` again to restore it")
     return index
 
 
@@ -127,8 +125,7 @@ def refuse_foreign(folder: Path) -> None:
         _refuse_newer(folder, index)
     elif names and not {LOCK, WORK} & set(names):
         raise BankError(
-            f"{folder}: holds files that are not a bank's ({', '.join(names[:5])}); "
-            "set bank.path to a new folder"
+            f"{folder}: holds files that are not a bank's ({', '.join(names[:5])}); set bank.path to a new folder"
         )
 
 

@@ -75,18 +75,14 @@ class BankPlan:
             sort_keys=True,
         )
         return [
-            _hash(
-                shared, group.number, [(self.source_hashes[row], int(self.labels[row])) for row in group.rows]
-            )
+            _hash(shared, group.number, [(self.source_hashes[row], int(self.labels[row])) for row in group.rows])
             for group in self.groups
         ]
 
     @cached_property
     def shard_names(self) -> list[str]:
         """File name of each shard: it changes with what the shard's groups depend on."""
-        hashes = [
-            _hash([self.group_fingerprints[group.number] for group in groups]) for groups in self.shards
-        ]
+        hashes = [_hash([self.group_fingerprints[group.number] for group in groups]) for groups in self.shards]
         return [f"shard-{number:05d}-{digest}.safetensors" for number, digest in enumerate(hashes)]
 
     @cached_property
@@ -103,9 +99,7 @@ class BankPlan:
     @cached_property
     def rows_fingerprint(self) -> str:
         """Hash of the rows file's contents."""
-        return _hash(
-            *(hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in self.row_tensors.values())
-        )
+        return _hash(*(hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in self.row_tensors.values()))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -60,9 +60,7 @@ class BankWriter:
         self._stored: dict[str, tuple[Path, int, int]] = {}  # fingerprint -> its rows [start, stop) of a file
         for file in sorted(self._work.glob("group-*.safetensors")):
             self._record(file)
-        for file in sorted(
-            self.path.glob("shard-*.safetensors"), key=lambda file: file.name in plan.shard_names
-        ):
+        for file in sorted(self.path.glob("shard-*.safetensors"), key=lambda file: file.name in plan.shard_names):
             if self._checksums.get(file.name) in (None, sha256_of(file)):
                 self._record(file)
 
@@ -140,8 +138,7 @@ class BankWriter:
         count = len(group.rows)
         if len(tensor) not in (count, self.plan.group_rows):
             raise BankError(
-                f"{self.path}: '{name}' has {len(tensor)} rows for a group of {count} "
-                f"(padded: {self.plan.group_rows})"
+                f"{self.path}: '{name}' has {len(tensor)} rows for a group of {count} (padded: {self.plan.group_rows})"
             )
         dtype = self.plan.torch_dtype if tensor.is_floating_point() else tensor.dtype
         rows = tensor.detach()[:count].to("cpu", dtype).contiguous()
@@ -170,10 +167,7 @@ class BankWriter:
         file = self.path / self.plan.shard_names[number]
         if any(part != file for part, _, _ in stored):
             parts = [(load_shard(part), start, stop) for part, start, stop in stored]
-            tensors = {
-                name: torch.cat([rows[name][start:stop] for rows, start, stop in parts])
-                for name in parts[0][0]
-            }
+            tensors = {name: torch.cat([rows[name][start:stop] for rows, start, stop in parts]) for name in parts[0][0]}
             counts = [len(group.rows) for group in groups]
             self._write(file, tensors, list(zip(fingerprints, counts, strict=True)))
             self._record(file)

@@ -80,7 +80,6 @@ def _deep_to_8_bits(image: Image.Image) -> Image.Image:
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= 0 and high <= top):
         raise Unreadable(
-            f"pixel values from {low:g} to {high:g} in mode {image.mode}; "
-            "accepted: 8 or 16 bits, or floats in [0, 1]"
+            f"pixel values from {low:g} to {high:g} in mode {image.mode}; accepted: 8 or 16 bits, or floats in [0, 1]"
         )
     return Image.fromarray(np.round(pixels * (255 / top)).astype(np.uint8))

@@ -28,9 +28,7 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
-            raise DataError(
-                f"images are {self.images.dtype} {list(self.images.shape)}; expected uint8 [N, C, H, W]"
-            )
+            raise DataError(f"images are {self.images.dtype} {list(self.images.shape)}; expected uint8 [N, C, H, W]")
         if not len(self.images) == len(self.labels) == len(self.sources) == len(self.hashes):
             raise DataError(
                 f"{len(self.images)} images, {len(self.labels)} labels, {len(self.sources)} sources, "

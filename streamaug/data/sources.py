@@ -76,9 +76,7 @@ def _digits(config: DataConfig) -> ImageSet:
     )
 
 
-def _read_folder(
-    root: Path, config: DataConfig, bad: "_BadFiles", class_names: list[str] | None = None
-) -> ImageSet:
+def _read_folder(root: Path, config: DataConfig, bad: "_BadFiles", class_names: list[str] | None = None) -> ImageSet:
     """Read root/<class>/<image> in sorted order. class_names: the classes that must be there, if known."""
     files = _list_classes(root)
     if class_names is not None:
@@ -126,9 +124,7 @@ def _list_classes(root: Path) -> dict[str, list[Path]]:
     classes = {}
     for folder in folders:
         inside = _visible(folder)
-        classes[folder.name] = [
-            path for path in inside if path.suffix.lower() in EXTENSIONS and not path.is_dir()
-        ]
+        classes[folder.name] = [path for path in inside if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
         if not classes[folder.name]:
             found = _few([path.name for path in inside]) if inside else "nothing"
             raise DataError(

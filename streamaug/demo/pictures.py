@@ -118,9 +118,7 @@ def samples_png(rows: Sequence[SampleRow], path: Path) -> None:
     canvas.save(path, optimize=True)
 
 
-def preview_png(
-    batch: Any, path: Path, *, class_names: Sequence[str], steps: int, judged: bool = True
-) -> None:
+def preview_png(batch: Any, path: Path, *, class_names: Sequence[str], steps: int, judged: bool = True) -> None:
     """A grid of delivered images, each with its class, its depth and, when `judged`, the judge's score.
 
     batch: what `Stream.take` returned (images uint8 [n, C, H, W], labels, starts, scores; [n] each).

@@ -197,9 +197,7 @@ def student_t_975(degrees: int) -> float:
 
 def verdict(real_only: Sequence[float], stream: Sequence[float]) -> str:
     """The result in one sentence, bad news first; accuracies are fractions, paired by position."""
-    mean, interval = paired_interval(
-        [after - before for before, after in zip(real_only, stream, strict=True)]
-    )
+    mean, interval = paired_interval([after - before for before, after in zip(real_only, stream, strict=True)])
     change = f"from {np.mean(real_only):.1%} to {np.mean(stream):.1%}"
     points = f"{_signed(mean)} points of accuracy"
     if interval is None:
@@ -410,9 +408,7 @@ def _mean_curve(curves: Sequence[Curve], arm: str) -> dict[int, float]:
 
 
 def _stream(report: DemoReport) -> str:
-    delivered_rate = report["images_delivered"] / max(
-        report["stream"]["seconds"] * len(report["seeds"]), 1e-9
-    )
+    delivered_rate = report["images_delivered"] / max(report["stream"]["seconds"] * len(report["seeds"]), 1e-9)
     tiles = [
         (f"{report['images_generated']:,}", "images made"),
         (f"{report['images_delivered']:,}", "images delivered to training"),
@@ -472,10 +468,7 @@ tuning budget on images that are not in the test set. The reported seeds were no
 
 def _reproduction(report: DemoReport) -> str:
     def rows(values: Mapping[str, str]) -> str:
-        cells = (
-            f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
-            for key, value in values.items()
-        )
+        cells = (f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in values.items())
         return '<table class="facts"><tbody>' + "".join(cells) + "</tbody></table>"
 
     settings = yaml.safe_dump(_plain(report["config"]), sort_keys=False, default_flow_style=None)

@@ -94,7 +94,10 @@ def run_demo(
         every = max(config.train.steps // 10, 1)
 
         def run(arm: str, position: int, extra: float = 0.0, deadline: float | None = None) -> TrainResult:
-            view.phase(f"seed {position + 1} of {len(seeds)}: {_ARM_NAMES[arm]}", None if deadline else settings[arm].steps)
+            view.phase(
+                f"seed {position + 1} of {len(seeds)}: {_ARM_NAMES[arm]}",
+                None if deadline else settings[arm].steps,
+            )
             started = time.monotonic()
             result = run_arm(
                 config,
@@ -164,7 +167,14 @@ def run_demo(
         command=shlex.join(["streamaug", *sys.argv[1:]]),
         config=config,
     )
-    write_report(report, out, timeline=timeline, curves=curves, samples_png=out / "samples.png", curves_png=out / "curves.png")
+    write_report(
+        report,
+        out,
+        timeline=timeline,
+        curves=curves,
+        samples_png=out / "samples.png",
+        curves_png=out / "curves.png",
+    )
     return dict(report)
 
 

@@ -19,7 +19,7 @@ from streamaug.demo.report import write_json
 from streamaug.demo.run import LabelledDraws
 from streamaug.demo.view import PlainView
 from streamaug.doctor import hardware, installed_versions
-from streamaug.experiment import for_arm, run_arm
+from streamaug.experiment import run_arm
 from streamaug.filtering.calibration import fit_judge
 from streamaug.filtering.judge import pack_state
 from streamaug.prepare import prepare
@@ -58,21 +58,18 @@ def tune(config: Config, *, seeds: int, shots: int, report: dict[str, Any]) -> d
             for at, seed in enumerate(numbers)
         ]
         _record(report["real_only"], trial, reached)
-    settings = for_arm(config.train, config.demo.real_only)
     judges = [pack_state(fit_judge(config, draws.of_seed(at), seed)) for at, seed in enumerate(numbers)]
     report["stream"] = []
-    for trial in STREAM_TRIALS:
-        tried = config.model_copy(update={"recipes": [Recipe(**recipe) for recipe in trial]})
+    for recipes in STREAM_TRIALS:
+        tried = config.model_copy(update={"recipes": [Recipe(**recipe) for recipe in recipes]})
         reached = []
-        with Stream.from_prepared(
-            prepare(tried, labelled=draws.union, with_judge=False)
-        ) as stream:
+        with Stream.from_prepared(prepare(tried, labelled=draws.union, with_judge=False)) as stream:
             for at, seed in enumerate(numbers):
                 stream.replan(row_weights=draws.row_weights(at), judge_state=judges[at], first_k=at << 32)
                 result = run_arm(tried, config.train, draws.of_seed(at), validation, seed=seed, stream=stream)
                 reached.append(result.accuracy)
             stats = stream.stats()
-        _record(report["stream"], {"recipes": trial}, reached, acceptance=round(stats.acceptance, 4))
+        _record(report["stream"], {"recipes": recipes}, reached, acceptance=round(stats.acceptance, 4))
     return report
 
 

@@ -73,12 +73,7 @@ class DemoView(Protocol):
 def make_view() -> DemoView:
     """The live view where stderr is a UTF-8 terminal that can move its cursor, plain lines elsewhere."""
     console = Console(stderr=True)
-    if (
-        sys.stderr is not None
-        and sys.stderr.isatty()
-        and console.is_interactive
-        and not console.options.ascii_only
-    ):
+    if sys.stderr is not None and sys.stderr.isatty() and console.is_interactive and not console.options.ascii_only:
         return RichView(console)
     return PlainView()
 

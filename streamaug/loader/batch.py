@@ -177,8 +177,7 @@ def _find_images(fields: dict[Key, Any]) -> Key:
     if named or candidates:
         return (named or candidates)[0]
     raise MismatchError(
-        f"no images found in the batch ({_summary(fields)}); expected a tensor [n, C, H, W], or name it: "
-        "image_key="
+        f"no images found in the batch ({_summary(fields)}); expected a tensor [n, C, H, W], or name it: image_key="
     )
 
 

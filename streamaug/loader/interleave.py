@@ -72,9 +72,7 @@ def deferred_split(share: Share, size: int, left: int | None, ratio: Fraction) -
     return left, share.beside(left, ratio)
 
 
-def deferred_length(
-    rows: int, size: int, debt: Fraction, ratio_at: Callable[[int], Fraction], step: int
-) -> int:
+def deferred_length(rows: int, size: int, debt: Fraction, ratio_at: Callable[[int], Fraction], step: int) -> int:
     """Batches of an epoch that serves `rows` real images in batches of `size`, starting at `step`."""
     share, batches = Share(debt), 0
     while rows > 0:

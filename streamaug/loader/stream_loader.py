@@ -113,8 +113,7 @@ class StreamLoader:
     ):
         if not hasattr(stream, "take"):
             raise UsageError(
-                "StreamLoader(real_loader, stream): the second argument is a Stream, got a "
-                f"{type(stream).__name__}"
+                f"StreamLoader(real_loader, stream): the second argument is a Stream, got a {type(stream).__name__}"
             )
         defaults = stream.loader_config or LoaderConfig()
         self.stream = stream
@@ -160,9 +159,7 @@ class StreamLoader:
     @ratio.setter
     def ratio(self, value: Ratio) -> None:
         if self._real is None:
-            raise UsageError(
-                "a loader without real images delivers synthetic ones only: it has no ratio to set"
-            )
+            raise UsageError("a loader without real images delivers synthetic ones only: it has no ratio to set")
         self._ratio, self._fixed = value, None if callable(value) else exact(value)
 
     def __len__(self) -> int:
@@ -403,9 +400,7 @@ class StreamLoader:
         assert self._fill is not None
         values = self._fill(key, synthetic)
         if len(values) != len(synthetic.ids):
-            raise MismatchError(
-                f"fill={self._fill!r} gave {len(values)} values of {key!r} for {len(synthetic.ids)}"
-            )
+            raise MismatchError(f"fill={self._fill!r} gave {len(values)} values of {key!r} for {len(synthetic.ids)}")
         if isinstance(like, torch.Tensor):
             return torch.as_tensor(values, dtype=like.dtype, device=like.device)
         return values
@@ -421,9 +416,7 @@ class StreamLoader:
         """
         self._check_open()
         if self._mid_step:
-            logger.warning(
-                "the batch during which the error came is lost: a run resumed from this state skips it"
-            )
+            logger.warning("the batch during which the error came is lost: a run resumed from this state skips it")
         stats = self._stats
         return {
             "version": _STATE_VERSION,
@@ -449,14 +442,11 @@ class StreamLoader:
         self._check_open()
         if state.get("version") != _STATE_VERSION:
             raise StateError(
-                f"a StreamLoader state of version {_STATE_VERSION} is needed, got version "
-                f"{state.get('version')!r}"
+                f"a StreamLoader state of version {_STATE_VERSION} is needed, got version {state.get('version')!r}"
             )
         for name, here in self._identity().items():
             if state[name] != here:
-                raise StateError(
-                    f"the state was saved with {name}={state[name]!r}, this loader has {name}={here!r}"
-                )
+                raise StateError(f"the state was saved with {name}={state[name]!r}, this loader has {name}={here!r}")
         self._epoch, self._batch, self._step = state["epoch"], state["batch"], state["step"]
         self._share = Share(Fraction(*state["debt"]))
         self._epoch_debt, self._epoch_step = Fraction(*state["epoch_debt"]), state["epoch_step"]
@@ -491,9 +481,7 @@ class StreamLoader:
             if ratio is not None:
                 raise UsageError("without a real loader every image is synthetic: leave ratio out")
             if self.stream.config.starved == "real":
-                raise UsageError(
-                    "stream.starved: real needs a real loader to fill from; set it to wait or reuse"
-                )
+                raise UsageError("stream.starved: real needs a real loader to fill from; set it to wait or reuse")
             return
         if not isinstance(self._real.loader, Iterable):
             raise UsageError(
@@ -501,9 +489,7 @@ class StreamLoader:
                 "with epoch_steps= delivers synthetic images only"
             )
         if self.epoch_steps is not None or batch_size is not None:
-            raise UsageError(
-                "epoch_steps and batch_size are the real loader's where there is one: leave them out"
-            )
+            raise UsageError("epoch_steps and batch_size are the real loader's where there is one: leave them out")
         if displaced == "defer" and self.mode == "append":
             raise UsageError('displaced="defer" goes with mode="replace"; mode="append" displaces nothing')
         if self._defers and self.stream.config.starved == "real":

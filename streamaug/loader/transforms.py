@@ -189,9 +189,7 @@ class Converter:
             raise DataError(f"the transform returned a {type(out).__name__}; a tensor is needed")
         return out.as_subclass(torch.Tensor)
 
-    def _choose_form(
-        self, probe: np.ndarray, real: Appearance | None, from_dataset: bool
-    ) -> tuple[str, torch.Tensor]:
+    def _choose_form(self, probe: np.ndarray, real: Appearance | None, from_dataset: bool) -> tuple[str, torch.Tensor]:
         """The kind of input the transform accepts, and what it makes of the probe uint8 [C, H, W]."""
         accepted: list[tuple[str, torch.Tensor]] = []
         refusals = []
@@ -262,8 +260,7 @@ def _per_channel(values: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
     vector = torch.as_tensor(values, dtype=torch.float32).flatten()
     if len(vector) not in (1, channels):
         raise UsageError(
-            f"normalize= has {len(vector)} values; the images have {channels} channels: give {channels}, or "
-            "one"
+            f"normalize= has {len(vector)} values; the images have {channels} channels: give {channels}, or one"
         )
     return vector.expand(channels).contiguous().to(pixels.device)
 

@@ -66,7 +66,11 @@ def _json(path: Path, name: str) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("unet/config.json", "scheduler/scheduler_config.json", "unet/diffusion_pytorch_model.safetensors"):
+    for name in (
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ):
         with open(path / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -98,7 +102,13 @@ class UNet2D:
 
     @classmethod
     def load(
-        cls, info: ModelInfo, *, null_class: int | None, device: torch.device, dtype: torch.dtype, channels_last: bool
+        cls,
+        info: ModelInfo,
+        *,
+        null_class: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
     ) -> "UNet2D":
         """Read the weights; raises ModelError when they do not fit the configuration or are not finite."""
         from diffusers import UNet2DModel

@@ -11,7 +11,13 @@ _PERTURB_STREAM = 0
 
 
 def start_latents(
-    bank: LatentBank, order: OrderBatch, shape: tuple[int, ...], *, seed: int, device: torch.device, kernels: str
+    bank: LatentBank,
+    order: OrderBatch,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    device: torch.device,
+    kernels: str,
 ) -> torch.Tensor:
     """The latents [B, *shape] fp32 at which the order's images enter the schedule."""
     images = order.images
@@ -46,7 +52,11 @@ def mix_weights(images: np.ndarray, rows: torch.Tensor, row_a: torch.Tensor, row
         a = rows[row_a[position]].double().flatten()
         b = rows[row_b[position]].double().flatten()
         cosine = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30))
-        angle, t, signal = float(np.arccos(np.clip(cosine, -1.0, 1.0))), float(images["t"][position]), weights[position, 0]
+        angle, t, signal = (
+            float(np.arccos(np.clip(cosine, -1.0, 1.0))),
+            float(images["t"][position]),
+            weights[position, 0],
+        )
         sine = np.sin(angle)
         if abs(sine) < 1e-6:
             pair = (1 - t, t)
@@ -57,5 +67,3 @@ def mix_weights(images: np.ndarray, rows: torch.Tensor, row_a: torch.Tensor, row
             pair = (np.sin(angle + turn) / sine, -np.sin(turn) / sine)
         weights[position, :2] = signal * pair[0], signal * pair[1]
     return weights.astype(np.float32)
-
-

@@ -117,7 +117,9 @@ class Sampler:
         if (images["guidance"] == 1.0).all():
             return False
         if not self.denoiser.conditional:
-            raise ModelError("classifier-free guidance needs a class-conditional model; set every recipe's guidance to 1")
+            raise ModelError(
+                "classifier-free guidance needs a class-conditional model; set every recipe's guidance to 1"
+            )
         return True
 
     def _classifier_inputs(self, images: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -140,9 +142,7 @@ class Sampler:
         *,
         guided: bool,
     ) -> torch.Tensor:
-        a, s, guidance = (
-            coef[:, column].view(-1, 1, 1, 1) for column in (Column.A, Column.S, Column.GUIDANCE)
-        )
+        a, s, guidance = (coef[:, column].view(-1, 1, 1, 1) for column in (Column.A, Column.S, Column.GUIDANCE))
         halves = out.float().chunk(2) if guided else (out.float(),)
         e = torch.lerp(halves[0], halves[1], guidance) if guided else halves[0]
         m0 = a * x + s * e

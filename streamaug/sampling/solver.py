@@ -118,7 +118,8 @@ def _probe(scheduler: Any, steps: int, start: int, clip: float | None) -> tuple[
     evaluations = steps - start
     coef, in_scale = np.zeros((evaluations, len(Column))), np.zeros(evaluations)
     symbols = torch.eye(1 + evaluations, dtype=torch.float64)
-    x, predictions = symbols[0], []
+    x = symbols[0]
+    predictions: list[torch.Tensor] = []
     for i, t in enumerate(fresh.timesteps[start:]):
         in_scale[i] = fresh.scale_model_input(torch.ones(1, dtype=torch.float64), t).item()
         e = symbols[1 + i]
@@ -133,7 +134,7 @@ def _probe(scheduler: Any, steps: int, start: int, clip: float | None) -> tuple[
             m0, after = output.pred_original_sample.double(), output.prev_sample.double()
         coef[i, [A, S]] = _fit(m0, [x, e], scheduler)
         if clip is not None:
-            coef[i, [CX, CE, C0]] = _saturated(scheduler, steps, start + i, t, *coef[i, [A, S]], clip)
+            coef[i, [CX, CE, C0]] = _saturated(scheduler, steps, start + i, t, coef[i, A], coef[i, S], clip)
         elif predictions:
             coef[i, [CX, C0, C1, C2]] = _history(after, x, m0, predictions, scheduler)
         else:

@@ -22,9 +22,7 @@ def judge_bytes(state: Any, nbytes: int | None) -> np.ndarray:
     array = np.array(as_array(state))
     if array.dtype != np.uint8 or array.ndim != 1 or nbytes not in (None, len(array)):
         length = "" if nbytes is None else f" of {nbytes} bytes, as the first one was"
-        raise UsageError(
-            f"a judge's state is a flat uint8 array{length}; got {array.dtype} {list(array.shape)}"
-        )
+        raise UsageError(f"a judge's state is a flat uint8 array{length}; got {array.dtype} {list(array.shape)}")
     return array
 
 

@@ -26,9 +26,7 @@ log = logging.getLogger("streamaug")
 
 _TAIL_NBYTES = 16384  # of what a producer prints, the end is kept
 _LEAVE_SECONDS = 0.5  # what a producer gets to leave by itself
-_DIE_SECONDS = (
-    5.0  # a killed process that the system cannot end sooner (it waits for a device) is left behind
-)
+_DIE_SECONDS = 5.0  # a killed process that the system cannot end sooner (it waits for a device) is left behind
 
 
 @dataclass

@@ -183,9 +183,7 @@ class Fleet:
     def _allocate(self) -> None:
         self._stir = os.pipe()
         if self._mailboxes_shape is not None:
-            self._mailboxes_memory = memory.Memory.create(
-                self._memory_kind, Mailboxes.nbytes(*self._mailboxes_shape)
-            )
+            self._mailboxes_memory = memory.Memory.create(self._memory_kind, Mailboxes.nbytes(*self._mailboxes_shape))
             self.mailboxes = Mailboxes(self._mailboxes_memory, *self._mailboxes_shape)
             self.mailboxes.clear()
         for _ in range(self.config.producers):

@@ -61,9 +61,7 @@ class Position:
             "row_weights": None if self.row_weights is None else self.row_weights.tolist(),
             "latest_judge": self.latest_judge,
             "steering": self.steering.state_dict(),
-            "tensors": {
-                f"judge_{version}": as_tensor(judge) for version, judge in self.judges.items() if version > 0
-            },
+            "tensors": {f"judge_{version}": as_tensor(judge) for version, judge in self.judges.items() if version > 0},
         }
 
     @classmethod
@@ -84,9 +82,7 @@ class Position:
             weights=weights,
             latest_weights=state["latest_weights"],
             row_weights=rows,
-            judges={
-                int(name.removeprefix("judge_")): as_array(kept) for name, kept in state["tensors"].items()
-            },
+            judges={int(name.removeprefix("judge_")): as_array(kept) for name, kept in state["tensors"].items()},
             latest_judge=state["latest_judge"],
             steering=Steering.from_state(state["steering"]),
         )
@@ -103,9 +99,7 @@ _NAMES = {
 
 def _require_same(state: Mapping[str, Any], identity: Identity) -> None:
     if state.get("format") != _FORMAT:
-        raise StateError(
-            f"the saved state has format {state.get('format')!r}, this version reads format {_FORMAT}"
-        )
+        raise StateError(f"the saved state has format {state.get('format')!r}, this version reads format {_FORMAT}")
     ours = asdict(identity)
     threads = ours.pop("threads")
     if state["latest_judge"] > 0 and all(judge > 0 for _, _, judge in state["undelivered"]):

@@ -118,9 +118,7 @@ class Slot:
         order.write(self._order)
         self._meta[_JUDGE_POST] = judge_post
 
-    def finish(
-        self, count: int, *, abandoned: bool, began_ns: int, ended_ns: int, stage_ns: list[int]
-    ) -> None:
+    def finish(self, count: int, *, abandoned: bool, began_ns: int, ended_ns: int, stage_ns: list[int]) -> None:
         """Producer: complete the slot, before publishing it."""
         self._meta[:_FIRST_STAGE] = (count, abandoned, began_ns, ended_ns)
         self._meta[_FIRST_STAGE : _FIRST_STAGE + len(STAGES)] = stage_ns
@@ -263,8 +261,7 @@ class Mailboxes:
         self._posts = memory.view[: 8 * count].cast("q")
         first, step = _align(8 * count, 64), _align(state_nbytes, 64)
         self._states = [
-            np.frombuffer(memory.view, np.uint8, count=state_nbytes, offset=first + i * step)
-            for i in range(count)
+            np.frombuffer(memory.view, np.uint8, count=state_nbytes, offset=first + i * step) for i in range(count)
         ]
 
     @staticmethod

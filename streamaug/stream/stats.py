@@ -40,9 +40,7 @@ class StreamStats:
     stage_seconds: dict[str, float]
     busy_share: float  # of the producers' time
     limit: str  # what limits the rate, in words
-    timeline: list[tuple[float, float, int, int]] = field(
-        repr=False
-    )  # (began, ended, k, accepted) since start
+    timeline: list[tuple[float, float, int, int]] = field(repr=False)  # (began, ended, k, accepted) since start
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts: ready for JSON."""
@@ -147,9 +145,7 @@ class Recorder:
         for at, name in enumerate(self._names):
             if self._asked[at]:
                 why = ", ".join(f"{reason} {n}" for reason, n in self._rejected_of(at).items())
-                lines.append(
-                    f"  {name}: {self._accepted[at]} of {self._asked[at]} accepted ({why or 'no rejection'})"
-                )
+                lines.append(f"  {name}: {self._accepted[at]} of {self._asked[at]} accepted ({why or 'no rejection'})")
         return "\n".join(lines)
 
     def stats(self, ring_fill: float, restarts: int) -> StreamStats:
@@ -165,9 +161,7 @@ class Recorder:
         return StreamStats(
             made=made,
             accepted=int(self._accepted.sum()),
-            rejected={
-                name: reasons for at, name in enumerate(self._names) if (reasons := self._rejected_of(at))
-            },
+            rejected={name: reasons for at, name in enumerate(self._names) if (reasons := self._rejected_of(at))},
             delivered=delivered,
             reused=self._reused,
             dropped=self._dropped,
@@ -209,9 +203,7 @@ class Recorder:
             share = stage_seconds[slowest] / busy if busy else 0.0
             detail = f": {slowest} takes {share:.0%} of its time" if share else ""
             return f"the producer limits training{detail}"
-        return (
-            f"training limits: producers are busy {min(busy / (wall * self._producers), 1.0):.0%} of the time"
-        )
+        return f"training limits: producers are busy {min(busy / (wall * self._producers), 1.0):.0%} of the time"
 
 
 def _share(part: float, whole: float) -> float:

@@ -69,9 +69,7 @@ class Steering:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Steering":
         steering = cls(np.array(state["target"], np.float64))
-        steering._losses = np.array(
-            [np.nan if loss is None else loss for loss in state["losses"]], np.float64
-        )
+        steering._losses = np.array([np.nan if loss is None else loss for loss in state["losses"]], np.float64)
         steering._asked = np.array(state["asked"], np.float64)
         steering._accepted = np.array(state["accepted"], np.float64)
         return steering

@@ -336,9 +336,7 @@ class Stream:
             return 0
         if version not in self._posts:
             self._last_post += 1
-            self._fleet.mailboxes.write(
-                self._last_post, self._judges[version], keep=set(self._posts.values())
-            )
+            self._fleet.mailboxes.write(self._last_post, self._judges[version], keep=set(self._posts.values()))
             self._posts[version] = self._last_post
         return self._posts[version]
 
@@ -440,9 +438,7 @@ class Stream:
         self._steering = Steering(np.ones(self.planner.num_classes) if classes is None else classes)
         self._row_weights = rows
         self._weights_version += 1
-        self._weights = {
-            self._weights_version: Weights(self._weights_version, self._steering.classes(), rows)
-        }
+        self._weights = {self._weights_version: Weights(self._weights_version, self._steering.classes(), rows)}
 
     def _drop_everything(self) -> None:
         """Forget what was planned: batches in flight are passed over, or discarded when they arrive."""

@@ -74,9 +74,7 @@ def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     rows = [
-        SampleRow(
-            name, image(random), [Sibling(image(random), depth, 0.3 + depth, depth < 0.6) for depth in depths]
-        )
+        SampleRow(name, image(random), [Sibling(image(random), depth, 0.3 + depth, depth < 0.6) for depth in depths])
         for name, depths in (("cat", (0.2, 0.2, 0.7)), ("a very long class name " * 4, (0.2, 0.5)))
     ]
     samples_png(rows, folder / "samples.png")
@@ -179,9 +177,7 @@ def test_the_first_heading_of_the_page_is_the_verdict(tmp_path: Path, drawn: Pat
 
 
 def test_the_page_explains_itself_to_a_stranger(tmp_path: Path, drawn: Path) -> None:
-    report = report_of(
-        [0.86, 0.87], [0.89, 0.90], real_only_equal_time=Arm([0.865, 0.87], [740, 760], [9.0, 9.1])
-    )
+    report = report_of([0.86, 0.87], [0.89, 0.90], real_only_equal_time=Arm([0.865, 0.87], [740, 760], [9.0, 9.1]))
     page = page_of(report, tmp_path, drawn)
     for part in ("while the classifier trained", "500 images that nothing had seen", "750", "Std. dev."):
         assert part in " ".join(page.split()), part
@@ -323,8 +319,6 @@ def test_curves_are_drawn_from_whatever_there_is(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_line_that_installs_it_is_named(monkeypatch, tmp_path: Path) -> None:
     find = pictures.importlib.util.find_spec
-    monkeypatch.setattr(
-        pictures.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with pytest.raises(MissingExtra, match=r'pip install "streamaug\[demo\]"'):
         curves_png(CURVES, TIMELINE, tmp_path / "curves.png")

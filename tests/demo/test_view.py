@@ -46,9 +46,7 @@ def test_the_live_view_shows_phase_time_left_rates_and_both_accuracies() -> None
     view = RichView(console)
     with view:
         view.phase("seed 1 of 5: stream", total=100)
-        view.advance(
-            50, images_made_per_s=412.4, ring_fill=0.75, real_only_accuracy=0.867, stream_accuracy=0.8912
-        )
+        view.advance(50, images_made_per_s=412.4, ring_fill=0.75, real_only_accuracy=0.867, stream_accuracy=0.8912)
         view._live.refresh()  # type: ignore[union-attr]
         text = written(console)
     for part in ("seed 1 of 5: stream", "50/100", " s left", "412/s", "75.0%", "86.7%", "89.1%"):

@@ -63,7 +63,9 @@ def test_the_too_easy_are_cut_when_asked():
 
 
 @given(
-    row=st.lists(st.floats(0.01, 1), min_size=4, max_size=4), label=st.integers(0, 3), bad=st.sampled_from(["nan", "inf", "flat"])
+    row=st.lists(st.floats(0.01, 1), min_size=4, max_size=4),
+    label=st.integers(0, 3),
+    bad=st.sampled_from(["nan", "inf", "flat"]),
 )
 def test_non_finite_and_flat_images_never_pass(row, label, bad):
     judge = Judge(Says([value / sum(row) for value in row]), 4, JudgeConfig())

@@ -14,9 +14,7 @@ SHAPES = [(1, 8, 8), (3, 5, 7), (1, 1, 1), (2, 31, 37)]
 
 
 def make_slots(shape, device="cpu"):
-    return torch.randint(
-        0, 256, (5, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    return torch.randint(0, 256, (5, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -82,9 +82,7 @@ def test_without_noise_weight_no_noise_is_drawn(monkeypatch):
     monkeypatch.setattr(module, "normal", None)
     bank = torch.randn(4, 6)
     weights = torch.tensor([[0.5, 0.5, 0.0]] * 2)
-    mixed = perturb(
-        bank, torch.tensor([0, 1]), torch.tensor([2, 3]), weights, torch.arange(2), seed=1, backend="torch"
-    )
+    mixed = perturb(bank, torch.tensor([0, 1]), torch.tensor([2, 3]), weights, torch.arange(2), seed=1, backend="torch")
     torch.testing.assert_close(mixed, (bank[:2] + bank[2:]) / 2)
 
 
@@ -102,9 +100,7 @@ def test_an_image_does_not_depend_on_its_batch(data, count):
     row_a = torch.tensor(data.draw(st.lists(row, min_size=count, max_size=count)))
     row_b = torch.tensor(data.draw(st.lists(row, min_size=count, max_size=count)))
     weight = st.floats(-2, 2, width=32)
-    weights = torch.tensor(
-        data.draw(st.lists(st.tuples(weight, weight, weight), min_size=count, max_size=count))
-    )
+    weights = torch.tensor(data.draw(st.lists(st.tuples(weight, weight, weight), min_size=count, max_size=count)))
     ids = torch.arange(count) * 1000
     bank = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).half()
     together = perturb(bank, row_a, row_b, weights, ids, seed=1)
@@ -127,9 +123,7 @@ def test_out_is_filled(backend, device):
     rows = torch.tensor([1, 2], device=device)
     weights, ids = torch.rand(2, 3, device=device), torch.arange(2, device=device)
     out = torch.empty(2, 9, dtype=torch.float16, device=device)
-    assert (
-        perturb(bank, rows, rows, weights, ids, seed=1, dtype=torch.float16, out=out, backend=backend) is out
-    )
+    assert perturb(bank, rows, rows, weights, ids, seed=1, dtype=torch.float16, out=out, backend=backend) is out
     torch.testing.assert_close(
         out.float(), perturb(bank, rows, rows, weights, ids, seed=1, backend=backend), rtol=1e-3, atol=1e-3
     )

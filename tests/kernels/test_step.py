@@ -43,9 +43,7 @@ def problem(batch, shape, guided, seed=0):
     return x, outputs, coef, torch.full((HISTORY, batch, *shape), torch.nan)
 
 
-def check_run(
-    backend, device, batch, shape, *, guided, clip, noisy, dtype, twice, memory_format=None, tol=2e-5
-):
+def check_run(backend, device, batch, shape, *, guided, clip, noisy, dtype, twice, memory_format=None, tol=2e-5):
     x, outputs, coef, history = (t.to(device) for t in problem(batch, shape, guided))
     ids = torch.arange(batch, device=device) * 7 - 1
     index = torch.zeros(1, dtype=torch.int64, device=device)
@@ -79,9 +77,7 @@ def test_five_evaluations_follow_the_formula(backend, device, dtype, guided):
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 1), (2, 23, 29), (6,)])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_odd_shapes_follow_the_formula(backend, device, shape, clip):
-    check_run(
-        backend, device, 2, shape, guided=True, clip=clip, noisy=False, dtype=torch.float32, twice=False
-    )
+    check_run(backend, device, 2, shape, guided=True, clip=clip, noisy=False, dtype=torch.float32, twice=False)
 
 
 def test_channels_last_network_tensors_give_the_same_image(backend, device):
@@ -118,9 +114,7 @@ def test_each_image_may_have_its_own_zero_coefficients(backend, device):
     net_in, ids = torch.empty_like(x), torch.arange(2, device=device)
     index = torch.zeros(1, dtype=torch.int64, device=device)
     options = {"seed": 1, "stream": 1, "guided": False, "clip": None, "noisy": False}
-    expected, _ = expected_step(
-        x.cpu(), outputs[0].cpu(), coef[0].cpu(), 0, history.cpu(), ids.cpu(), **options
-    )
+    expected, _ = expected_step(x.cpu(), outputs[0].cpu(), coef[0].cpu(), 0, history.cpu(), ids.cpu(), **options)
     step(x, outputs[0], coef, index, history, net_in, ids, **options, backend=backend)
     torch.testing.assert_close(x.cpu().double(), expected, atol=1e-5, rtol=1e-5)
 

@@ -19,9 +19,7 @@ class FakeStream:
     rank = 0
     world_size = 1
 
-    def __init__(
-        self, shape=(1, 8, 8), class_names=DIGITS, mixed=False, starved="wait", loader_config=None, rank=0
-    ):
+    def __init__(self, shape=(1, 8, 8), class_names=DIGITS, mixed=False, starved="wait", loader_config=None, rank=0):
         self.image_shape = shape
         self.class_names = class_names
         self.config = StreamConfig(batch_size=16, starved=starved)

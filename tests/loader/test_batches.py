@@ -19,9 +19,7 @@ def batches_of(make, count=4, rows=8):
     out = []
     for start in range(0, count * rows, rows):
         items = [dataset[start + i] for i in range(rows)]
-        out.append(
-            make(torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items]))
-        )
+        out.append(make(torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])))
     return out
 
 
@@ -76,8 +74,7 @@ def test_append_adds_the_share_and_keeps_every_real_image_in_order():
 def test_synthetic_images_stand_at_places_drawn_by_seed_and_step():
     def ids(seed, stream=None):
         return [
-            b[2].tolist()
-            for b in StreamLoader(real_loader(), stream or FakeStream(), 0.5, seed=seed, with_ids=True)
+            b[2].tolist() for b in StreamLoader(real_loader(), stream or FakeStream(), 0.5, seed=seed, with_ids=True)
         ]
 
     assert ids(1) == ids(1)
@@ -174,9 +171,7 @@ def test_extra_fields_are_refused_without_fill_and_filled_with_it():
         }[key]
 
     for mode, displaced in (("replace", None), ("append", None), ("replace", "defer")):
-        loader = StreamLoader(
-            batches_of(make), FakeStream(), 0.5, mode, displaced=displaced, fill=fill, with_ids=True
-        )
+        loader = StreamLoader(batches_of(make), FakeStream(), 0.5, mode, displaced=displaced, fill=fill, with_ids=True)
         for batch in loader:
             assert batch["split"] == "train" and isinstance(batch["row"], np.ndarray)
             ids = batch["synthetic_ids"].tolist()

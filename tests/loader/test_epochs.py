@@ -145,9 +145,7 @@ from streamaug.loader import StreamLoader
 list(StreamLoader(DataLoader(DyingImages(), batch_size=8, num_workers=1), FakeStream()))
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
-    )
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1].strip()
     assert re.fullmatch(r"RuntimeError: DataLoader worker \(pid.*\d+\) .*killed by signal: Killed\.", last)
@@ -176,9 +174,7 @@ def test_defer_delivers_every_real_image_once_an_epoch_in_order_and_knows_its_le
 
 
 def test_defer_follows_a_schedule_and_refuses_what_cannot_be_promised():
-    loader = StreamLoader(
-        real_loader(), FakeStream(), lambda step: 0.5 if step < 4 else 0.0, displaced="defer"
-    )
+    loader = StreamLoader(real_loader(), FakeStream(), lambda step: 0.5 if step < 4 else 0.0, displaced="defer")
     assert len(loader) == len(list(loader))
     with pytest.raises(UsageError, match="starved"):
         StreamLoader(real_loader(), FakeStream(starved="real"), displaced="defer")

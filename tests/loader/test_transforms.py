@@ -80,9 +80,7 @@ def test_a_transform_of_tensors_gets_tensors(transform, kind):
 
 def test_a_dataset_transform_that_cannot_take_images_is_refused_with_every_attempt():
     real = DataLoader(Images(transform=lambda record: record.image), batch_size=8)
-    with pytest.raises(
-        DataError, match=r"dataset\.transform(?s:.*)PIL image(?s:.*)uint8 tensor(?s:.*)transform=f"
-    ):
+    with pytest.raises(DataError, match=r"dataset\.transform(?s:.*)PIL image(?s:.*)uint8 tensor(?s:.*)transform=f"):
         next(iter(StreamLoader(real, FakeStream(), ratio=0.5)))
 
 
@@ -107,9 +105,7 @@ def test_random_transforms_depend_on_seed_and_step_alone_whatever_the_threads():
 def test_the_transforms_of_synthetic_images_leave_the_draws_of_real_ones_alone():
     def real_rows(ratio):
         torch.manual_seed(1)
-        loader = StreamLoader(
-            photos(RANDOM_V1), FakeStream(shape=(3, 12, 12)), ratio, mode="append", with_ids=True
-        )
+        loader = StreamLoader(photos(RANDOM_V1), FakeStream(shape=(3, 12, 12)), ratio, mode="append", with_ids=True)
         return torch.cat([images[ids < 0] for images, _, ids in loader])
 
     assert torch.equal(real_rows(0.5), real_rows(0.0))

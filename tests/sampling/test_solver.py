@@ -12,9 +12,9 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from streamaug.kernels.step import Column
 
 from streamaug.errors import ModelError
-from streamaug.kernels.step import Column
 from streamaug.sampling.solver import make_scheduler, schedule_of, solver_table
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -40,7 +40,10 @@ def run_table(table, x, outputs):
         (DDIMScheduler, {"clip_sample": True}),
         (DDIMScheduler, {"clip_sample": True, "clip_sample_range": 1.7}),
         (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
-        (DDIMScheduler, {"clip_sample": False, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        (
+            DDIMScheduler,
+            {"clip_sample": False, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        ),
         (EulerDiscreteScheduler, {}),
         (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
         (DPMSolverMultistepScheduler, {}),

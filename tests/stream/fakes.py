@@ -74,9 +74,7 @@ class HashEngine:
         return accepted + bool(self.options.get("miscount"))
 
     def _rejects(self, digest: bytes, image: np.void) -> bool:
-        return digest[0] < 256 * self.options.get("reject", 0) or image["label"] == self.options.get(
-            "reject_label", -1
-        )
+        return digest[0] < 256 * self.options.get("reject", 0) or image["label"] == self.options.get("reject_label", -1)
 
     def _misbehave(self, k: int) -> None:
         if k == self.options.get("raise_at"):
@@ -106,9 +104,7 @@ def digest_of(image: np.void, start: int, judge: bytes) -> bytes:
 
 
 def pixels_of(digest: bytes, image_shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(hashlib.shake_128(digest).digest(int(np.prod(image_shape))), np.uint8).reshape(
-        image_shape
-    )
+    return np.frombuffer(hashlib.shake_128(digest).digest(int(np.prod(image_shape))), np.uint8).reshape(image_shape)
 
 
 def build(options: dict) -> Engine:

@@ -173,9 +173,7 @@ def in_child(act) -> str:
 def test_a_forked_child_can_neither_use_nor_close_the_stream():
     with make_stream() as stream:
         stream.take(8)
-        assert "a forked child, such as a DataLoader worker, cannot use it" in in_child(
-            lambda: stream.take(1)
-        )
+        assert "a forked child, such as a DataLoader worker, cannot use it" in in_child(lambda: stream.take(1))
         assert "cannot use it" in in_child(lambda: stream.feedback([0], [1.0]))
         assert in_child(stream.close) == "None"
         assert in_child(lambda: stream._finalizer()) == "None"

@@ -54,9 +54,7 @@ def test_a_limited_process_gets_an_error_it_can_read():
         "try:\n    memory.Memory.create('memfd', 10**6)\n"
         "except memory.MemoryTooSmall as error:\n    print(error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
     assert "the ring needs 1.0 MB and the system refused it (File too large" in done.stdout
 
 

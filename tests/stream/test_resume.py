@@ -55,17 +55,12 @@ def resumed(state: dict, kind: str, first: int, **options) -> list[list[tuple]]:
 def test_resumed_at_every_step_the_run_goes_on_the_same(uninterrupted, kind, producers):
     images, states = uninterrupted[kind]
     for position in range(STEPS):
-        assert (
-            resumed(states[position], kind, position, backend="local", producers=producers)
-            == images[position:]
-        )
+        assert resumed(states[position], kind, position, backend="local", producers=producers) == images[position:]
 
 
 @pytest.mark.parametrize(("saved_with", "producers"), [(1, 2), (2, 3), (3, 1)])
 @pytest.mark.parametrize("kind", [PLAIN, LIVE_JUDGE])
-def test_with_processes_and_another_number_of_them_it_goes_on_the_same(
-    uninterrupted, kind, saved_with, producers
-):
+def test_with_processes_and_another_number_of_them_it_goes_on_the_same(uninterrupted, kind, saved_with, producers):
     images, _ = uninterrupted[kind]
     position = 4 * saved_with + 1
     with make_stream(**options_of(kind), producers=saved_with) as stream:

@@ -60,9 +60,7 @@ def test_every_version_is_used_exactly_although_judges_are_published_faster_than
     def run(producers: int, backend: str) -> list[tuple]:
         delivered = []
         options = {"seconds": 0.003 if backend == "process" else 0}
-        with make_stream(
-            backend=backend, producers=producers, judge=judge(0), engine_options=options
-        ) as stream:
+        with make_stream(backend=backend, producers=producers, judge=judge(0), engine_options=options) as stream:
             for step in range(40):
                 delivered += images_of(stream.take(5))
                 for times in range(step % 4):
@@ -106,9 +104,7 @@ def test_feedback_takes_tensors():
     import torch
 
     with make_stream(backend="local") as stream:
-        stream.feedback(
-            torch.tensor([0, 1]), torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([5, -1])
-        )
+        stream.feedback(torch.tensor([0, 1]), torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([5, -1]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The training loop, its augmentation and its classifiers."""
 
+import itertools
 import math
 
 import pytest
@@ -48,9 +49,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_a_deadline_ends_training_by_the_clock():
     model = SmallCNN(1, 8, 2)
-    result = train(
-        model, batches(), TrainConfig(steps=10**9, augment=STILL), seed=0, deadline_seconds=2.0
-    )
+    result = train(model, batches(), TrainConfig(steps=10**9, augment=STILL), seed=0, deadline_seconds=2.0)
     assert 1 <= result.steps < 10**9
     assert math.isnan(result.accuracy)
 
@@ -58,8 +57,8 @@ def test_a_deadline_ends_training_by_the_clock():
 def test_the_learning_rate_rises_and_falls():
     factors = [one_cycle(step / 100) for step in range(100)]
     assert factors[10] == pytest.approx(1.0)
-    assert all(a <= b for a, b in zip(factors[:10], factors[1:11], strict=True))
-    assert all(a >= b for a, b in zip(factors[10:-1], factors[11:], strict=True))
+    assert all(a <= b for a, b in itertools.pairwise(factors[:11]))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
     assert min(factors) > 0
 
 
