@@ -211,7 +211,8 @@ def _writable(cache: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"the cache folder {cache} cannot be written ({error.strerror}); set `cache` or STREAMAUG_CACHE to one that can"
+            f"the cache folder {cache} cannot be written ({error.strerror}); "
+            "set `cache` or STREAMAUG_CACHE to one that can"
         ) from None
 
 

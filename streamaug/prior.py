@@ -64,7 +64,6 @@ def train_prior(
     config: PriorConfig,
     path: Path,
     *,
-    threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Train on the images (their labels are not looked at) and save a diffusers DDIMPipeline folder at `path`.
@@ -73,23 +72,17 @@ def train_prior(
     """
     from diffusers import DDIMPipeline, DDIMScheduler
 
-    previous_threads = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            unet = build_unet(images.image_shape, config).to(memory_format=torch.channels_last)
-            scheduler = DDIMScheduler(
-                num_train_timesteps=TRAIN_TIMESTEPS,
-                beta_schedule="squaredcos_cap_v2",
-                prediction_type="v_prediction",
-                timestep_spacing="trailing",
-                rescale_betas_zero_snr=False,
-                clip_sample=True,
-            )
-            _fit(unet, scheduler, images, config, progress)
-    finally:
-        torch.set_num_threads(previous_threads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        unet = build_unet(images.image_shape, config).to(memory_format=torch.channels_last)
+        scheduler = DDIMScheduler(
+            num_train_timesteps=TRAIN_TIMESTEPS,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            clip_sample=True,
+        )
+        _fit(unet, scheduler, images, config, progress)
     save_atomically(DDIMPipeline(unet.to(memory_format=torch.contiguous_format), scheduler), path)
     return path
 

@@ -1,4 +1,4 @@
-"""The whole chain in real processes: training survives kill -9 bit for bit, the demo reports the truth, nothing stays."""
+"""The whole chain in real processes: kill -9 changes nothing, the demo reports the truth, nothing stays behind."""
 
 import json
 import os

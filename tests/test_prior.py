@@ -24,7 +24,7 @@ def blobs(seed=0, size=8) -> ImageSet:
 
 def test_the_folder_opens_in_diffusers_and_tells_its_shape(tmp_path):
     seen = []
-    path = train_prior(blobs(), CONFIG, tmp_path / "prior", threads=1, progress=lambda *step: seen.append(step))
+    path = train_prior(blobs(), CONFIG, tmp_path / "prior", progress=lambda *step: seen.append(step))
     pipeline = DDIMPipeline.from_pretrained(path)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
@@ -35,11 +35,11 @@ def test_the_folder_opens_in_diffusers_and_tells_its_shape(tmp_path):
 
 
 def test_the_same_images_and_settings_give_the_same_weights(tmp_path):
-    one = train_prior(blobs(), CONFIG, tmp_path / "one", threads=1)
+    one = train_prior(blobs(), CONFIG, tmp_path / "one")
     torch.rand(3)
-    other = train_prior(blobs(), CONFIG, tmp_path / "other", threads=1)
+    other = train_prior(blobs(), CONFIG, tmp_path / "other")
     assert inspect(one).digest == inspect(other).digest
-    third = train_prior(blobs(), CONFIG.model_copy(update={"seed": 1}), tmp_path / "third", threads=1)
+    third = train_prior(blobs(), CONFIG.model_copy(update={"seed": 1}), tmp_path / "third")
     assert inspect(one).digest != inspect(third).digest
 
 
@@ -51,14 +51,12 @@ def test_the_cache_name_follows_pixels_and_settings_but_not_labels_or_order():
     assert prior_digest(images, CONFIG) != prior_digest(images.subset(range(19)), CONFIG)
 
 
-def test_training_leaves_the_callers_random_state_and_threads_alone(tmp_path):
+def test_training_leaves_the_callers_random_state_alone(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    threads = torch.get_num_threads()
-    train_prior(blobs(), CONFIG, tmp_path / "prior", threads=1)
+    train_prior(blobs(), CONFIG, tmp_path / "prior")
     assert torch.equal(torch.rand(1), expected)
-    assert torch.get_num_threads() == threads
 
 
 def test_an_image_size_that_cannot_be_halved_names_one_that_can():
@@ -67,7 +65,7 @@ def test_an_image_size_that_cannot_be_halved_names_one_that_can():
 
 
 def test_a_folder_that_cannot_be_written_is_one_message_and_the_old_model_stays(tmp_path):
-    path = train_prior(blobs(), CONFIG, tmp_path / "prior", threads=1)
+    path = train_prior(blobs(), CONFIG, tmp_path / "prior")
     before = inspect(path).digest
 
     class NoRoom:
@@ -95,7 +93,7 @@ from streamaug.prior import train_prior
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
-    train_prior(test_prior.blobs(), test_prior.CONFIG, Path({str(tmp_path / "prior")!r}), threads=1)
+    train_prior(test_prior.blobs(), test_prior.CONFIG, Path({str(tmp_path / "prior")!r}))
 except ModelError as error:
     print("refused:", error)
 """

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from streamaug.config import Config, Recipe, load
+from streamaug.config import Config, load, parse
 from streamaug.demo.report import write_json
 from streamaug.demo.run import LabelledDraws
 from streamaug.demo.view import PlainView
 from streamaug.doctor import hardware, installed_versions
-from streamaug.experiment import run_arm
+from streamaug.experiment import for_arm, run_arm
 from streamaug.filtering.calibration import fit_judge
 from streamaug.filtering.judge import pack_state
 from streamaug.prepare import prepare
@@ -27,61 +27,76 @@ from streamaug.stream import Stream
 
 FIRST_SEED = 10_000  # reports count from config.seed, so these labelled draws are never reported
 
-# Settings tried per arm: as many for one as for the other.
-REAL_ONLY_TRIALS: list[dict[str, Any]] = [
-    {"lr": 0.001},
-    {"lr": 0.002},
-    {"lr": 0.005},
-    {"lr": 0.002, "label_smoothing": 0.2},
+# What is tried, as `--set` would say it: as many trials for one arm as for the other.
+REAL_ONLY_TRIALS = [
+    ["demo.real_only.lr=0.001"],
+    ["demo.real_only.lr=0.002"],
+    ["demo.real_only.lr=0.005"],
+    ["demo.real_only.label_smoothing=0.2"],
+    ["demo.real_only.label_smoothing=0.3"],
+    ["demo.real_only.label_smoothing=0.2", "demo.real_only.lr=0.001"],
+    ["demo.real_only.label_smoothing=0.2", "demo.real_only.lr=0.005"],
+    ["demo.real_only.label_smoothing=0.2", "demo.real_only.weight_decay=0.1"],
 ]
-STREAM_TRIALS: list[list[dict[str, Any]]] = [
-    [{"kind": "noise", "depth": [0.25, 0.5]}],
-    [{"kind": "noise", "depth": [0.35, 0.65]}],
-    [{"kind": "interpolate", "depth": [0.25, 0.5], "t": [0.0, 0.5]}],
-    [{"kind": "interpolate", "depth": [0.35, 0.65], "t": [0.0, 0.5]}],
+_NOISE = "recipes=[{kind: noise, depth: [0.25, 0.5]}]"
+_DEEPER = "recipes=[{kind: noise, depth: [0.35, 0.65]}]"
+_PAIRS = "recipes=[{kind: interpolate, depth: [0.25, 0.5]}]"
+_DEEPER_PAIRS = "recipes=[{kind: interpolate, depth: [0.35, 0.65]}]"
+_BOTH = "recipes=[{kind: noise, depth: [0.25, 0.5]}, {kind: interpolate, depth: [0.35, 0.65]}]"
+STREAM_TRIALS = [
+    [_NOISE],
+    [_DEEPER],
+    [_PAIRS],
+    [_DEEPER_PAIRS],
+    [_BOTH],
+    [_NOISE, "train.label_smoothing=0.2"],
+    [_BOTH, "train.label_smoothing=0.2"],
+    [_DEEPER_PAIRS, "judge.floor=0.4", "judge.confident=0.6"],
 ]
 
 
-def tune(config: Config, *, seeds: int, shots: int, report: dict[str, Any]) -> dict[str, Any]:
-    """Validation accuracy of every trial: fractions, one per seed. `report` is filled as trials end."""
-    config = config.model_copy(update={"data": config.data.model_copy(update={"shots": shots})})
+def tune(config: Config, *, seeds: int, shots: int, skip: int = 0) -> dict[str, Any]:
+    """Validation accuracy of both arms' trials, from number `skip` on: fractions, one per seed."""
+    config = _with(config, [f"data.shots={shots}"])
     numbers = [FIRST_SEED + i for i in range(seeds)]
     draws = LabelledDraws.of(config, numbers)
     with PlainView() as view:
-        prepared = prepare(config, progress=view, labelled=draws.union, with_judge=False)
-    validation = prepared.splits.validation
-    report["real_only"] = []
-    for trial in REAL_ONLY_TRIALS:
-        settings = config.train.model_copy(update=trial)
+        validation = prepare(config, progress=view, labelled=draws.union, with_judge=False).splits.validation
+    real_only, stream_trials = [], []
+    for trial in REAL_ONLY_TRIALS[skip:]:
+        settings = for_arm(config.train, _with(config, trial).demo.real_only)
         reached = [
             run_arm(config, settings, draws.of_seed(at), validation, seed=seed).accuracy
             for at, seed in enumerate(numbers)
         ]
-        _record(report["real_only"], trial, reached)
-    judges = [pack_state(fit_judge(config, draws.of_seed(at), seed)) for at, seed in enumerate(numbers)]
-    report["stream"] = []
-    for recipes in STREAM_TRIALS:
-        tried = config.model_copy(update={"recipes": [Recipe(**recipe) for recipe in recipes]})
+        real_only.append(_entry(trial, reached))
+    for trial in STREAM_TRIALS[skip:]:
+        tried = _with(config, trial)
+        prepared = prepare(tried, labelled=draws.union, with_judge=False)
         reached = []
-        with Stream.from_prepared(prepare(tried, labelled=draws.union, with_judge=False)) as stream:
+        with Stream.from_prepared(prepared) as stream:
             for at, seed in enumerate(numbers):
-                stream.replan(row_weights=draws.row_weights(at), judge_state=judges[at], first_k=at << 32)
-                result = run_arm(tried, config.train, draws.of_seed(at), validation, seed=seed, stream=stream)
+                judge = pack_state(fit_judge(tried, draws.of_seed(at), seed))
+                stream.replan(row_weights=draws.row_weights(at), judge_state=judge, first_k=at << 32)
+                result = run_arm(tried, tried.train, draws.of_seed(at), validation, seed=seed, stream=stream)
                 reached.append(result.accuracy)
-            stats = stream.stats()
-        _record(report["stream"], {"recipes": recipes}, reached, acceptance=round(stats.acceptance, 4))
-    return report
+            acceptance = stream.stats().acceptance
+        stream_trials.append(_entry(trial, reached) | {"acceptance": round(acceptance, 4)})
+    return {"real_only": real_only, "stream": stream_trials}
 
 
-def _record(trials: list[dict[str, Any]], trial: dict[str, Any], reached: list[float], **more: float) -> None:
+def _with(config: Config, overrides: list[str]) -> Config:
+    return parse(config.to_yaml(), "the configuration", overrides)
+
+
+def _entry(trial: list[str], reached: list[float]) -> dict[str, Any]:
     entry = {
-        **trial,
+        "set": trial,
         "accuracy_mean": round(float(np.mean(reached)), 4),
         "accuracies": [round(value, 4) for value in reached],
-        **more,
     }
-    trials.append(entry)
     typer.echo(json.dumps(entry))
+    return entry
 
 
 def main(
@@ -89,6 +104,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("tuning.json"),
     seeds: Annotated[int, typer.Option(help="Labelled draws per trial.")] = 4,
     shots: Annotated[list[int] | None, typer.Option(help="Labelled images per class.")] = None,
+    skip: Annotated[int, typer.Option(help="Begin at this trial, for going on with an earlier run.")] = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:
     """Try every setting of both arms on the validation split and write the accuracies."""
@@ -102,7 +118,7 @@ def main(
         "config": settings.model_dump(mode="json"),
     }
     for count in shots or [3, 1]:
-        report[f"shots_{count}"] = tune(settings, seeds=seeds, shots=count, report={})
+        report[f"shots_{count}"] = tune(settings, seeds=seeds, shots=count, skip=skip)
         report["seconds"] = round(time.monotonic() - began, 1)
         write_json(report, out)
 

@@ -1,4 +1,4 @@
-"""Sampler: an order batch and its starting latents become clean latents. This is the loop, held beside the algorithm."""
+"""Sampler: an order batch and its starting latents become clean latents. This is the loop."""
 
 from collections.abc import Callable
 from typing import Any

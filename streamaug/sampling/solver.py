@@ -33,9 +33,9 @@ SUPPORTED = {
 class SolverTable:
     """The evaluations from solver step `start` to the end.
 
-    coef: float64 [E, len(Column)], the guidance column left to the sampler; timesteps: float64 [E], what the network is told; in_first: the
-    factor on the latent for the first evaluation; clip: bound of the predicted clean image, or None; x0_scale:
-    float64 [E], (noise scale / signal scale)² of each evaluation, which classifier guidance needs.
+    coef: float64 [E, len(Column)], the guidance column left to the sampler; timesteps: float64 [E], what the network
+    is told; in_first: the factor on the latent for the first evaluation; clip: bound of the predicted clean image, or
+    None; x0_scale: float64 [E], (noise scale / signal scale)² of each evaluation, which classifier guidance needs.
     """
 
     start: int
