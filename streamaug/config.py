@@ -21,13 +21,15 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def _expand_path(value: Any) -> Any:
-    """Replace ${NAME}, ${NAME:-default} and ~ in a path."""
-    if not isinstance(value, str):
+    """Replace ${NAME}, ${NAME:-default} and ~ in a path; as in a shell, the default is also for an empty NAME."""
+    if value is None or isinstance(value, Path):
         return value
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"expected a path, got {value!r}")
 
     def substitute(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
-        found = os.environ.get(name, default)
+        found = os.environ.get(name) or default
         if found is None:
             raise ValueError(f"the environment variable {name} is not set (set it, or write ${{{name}:-a default}})")
         return found
@@ -38,10 +40,11 @@ def _expand_path(value: Any) -> Any:
 ConfigPath = Annotated[Path, BeforeValidator(_expand_path)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
+Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -84,7 +87,7 @@ class PriorConfig(Section):
     steps: Annotated[int, Field(ge=1)] = 900
     batch_size: Annotated[int, Field(ge=1)] = 128
     lr: Annotated[float, Field(gt=0)] = 2e-3
-    seed: int = 0
+    seed: Seed = 0
 
 
 class BankConfig(Section):
@@ -135,6 +138,7 @@ class JudgeConfig(Section):
     floor: Fraction = 0.2  # fixed rule: an unsure judge must give the label at least this
     confident: Fraction = 0.8  # fixed rule: above this, disagreement is a rejection
     quantile: Fraction = 0.05  # calibrated rule: share of real images the thresholds may reject
+    min_score: Fraction = 0.0  # reject when the label's probability is below this, whatever the rule says
     too_easy: Fraction | None = None  # reject when the label's probability exceeds this
 
 
@@ -199,7 +203,7 @@ class DemoConfig(Section):
 
 
 class Config(Section):
-    seed: int = 0
+    seed: Seed = 0
     cache: ConfigPath = Field(default="${STREAMAUG_CACHE:-~/.cache/streamaug}", validate_default=True)  # type: ignore[assignment]
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -243,15 +247,7 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
 
 def parse(text: str, where: str = "<string>", overrides: Sequence[str] = ()) -> Config:
     """Like `load`, from the YAML text itself; `where` is how messages name it."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.constructor.ConstructorError as error:
-        raise ConfigError(
-            f"{where}: only plain YAML is accepted, no Python tags{_line(error)}: {error.problem}"
-        ) from None
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ConfigError(f"{where}: not YAML{_line(error)}: {problem}") from None
+    values = _plain_yaml(text, where)
     if values is None:
         raise ConfigError(f"{where}: the file is empty; `streamaug config show digits` prints a complete one")
     if not isinstance(values, dict):
@@ -280,7 +276,7 @@ def _read(path: str | os.PathLike) -> tuple[str, str]:
         return file.read_text(encoding="utf-8"), str(path)
     except FileNotFoundError:
         siblings = [item.name for item in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        hint = nearest(file.name, siblings) or f"; bundled configurations: {', '.join(bundled())}"
+        hint = nearest(file.name, [*siblings, *bundled()]) or f"; bundled configurations: {', '.join(bundled())}"
         raise ConfigError(f"{path}: no such file{hint}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: a folder, expected a YAML file") from None
@@ -288,6 +284,34 @@ def _read(path: str | os.PathLike) -> tuple[str, str]:
         raise ConfigError(f"{path}: not a text file, expected YAML") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe loading that refuses what YAML would pass over in silence: a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _plain_yaml(text: str, where: str) -> Any:
+    """The text's value, built from plain YAML only. Raises ConfigError."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        if "could not determine a constructor" in problem:
+            problem = f"only plain YAML is accepted, no Python tags{_line(error)}: {problem}"
+            raise ConfigError(f"{where}: {problem}") from None
+        raise ConfigError(f"{where}: not YAML{_line(error)}: {problem}") from None
+    except ValueError as error:  # a date or number that looks like one and is none
+        raise ConfigError(f"{where}: not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not YAML: nested too deeply") from None
 
 
 def _line(error: yaml.YAMLError) -> str:
@@ -299,10 +323,7 @@ def _apply(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override}: expected key=value, such as loader.ratio=0.25")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from None
+    value = _plain_yaml(text, f"--set {override}")
     *parents, last = key.strip().split(".")
     node: Any = values
     for part in parents:
@@ -337,6 +358,8 @@ def _describe(item: Any) -> str:
         return f"{key}: {message}" if key else message
     if item["type"] == "missing":
         return f"{key}: missing"
+    if item["type"] == "path_type":
+        return f"{key}: expected a path, got {given!r}"
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {given!r}"
 
 

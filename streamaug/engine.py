@@ -15,6 +15,7 @@ import torch
 
 from streamaug.bank import LatentBank
 from streamaug.config import Config
+from streamaug.errors import ConfigError
 from streamaug.filtering.calibration import build_judge
 from streamaug.filtering.judge import Judge, score_unjudged, unpack_state
 from streamaug.kernels.emit import emit
@@ -122,6 +123,12 @@ def build(options: dict[str, Any]) -> Engine:
 
 
 def resolve_device(name: str) -> torch.device:
+    """The device that model.device means on this machine. Raises ConfigError when it is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if gpus else "cpu")
+    there = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name not in there:
+        found = "" if gpus or not name.startswith("cuda") else ": torch finds no usable GPU (see `streamaug doctor`)"
+        raise ConfigError(f"model.device is '{name}'{found}; accepted on this machine: auto, {', '.join(there)}")
     return torch.device(name)

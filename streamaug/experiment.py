@@ -53,39 +53,34 @@ def run_arm(
 
     Both arms of a comparison start from the same weights and draw real images and augmentation from the same seeds.
     """
-    previous_threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = build_classifier(
-                settings.classifier,
-                channels=config.data.channels,
-                image_size=config.data.image_size,
-                num_classes=len(labelled.class_names),
-            )
-            loader: Any = real_batches(labelled, settings, seed)
-            if stream is not None:
-                loader = StreamLoader(
-                    loader,
-                    stream,
-                    ratio=config.loader.ratio,
-                    mode=config.loader.mode,
-                    displaced=config.loader.displaced,
-                    seed=seed,
-                )
-            return train(
-                model,
-                forever(loader),
-                settings,
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_classifier(
+            settings.classifier,
+            channels=config.data.channels,
+            image_size=config.data.image_size,
+            num_classes=len(labelled.class_names),
+        )
+        loader: Any = real_batches(labelled, settings, seed)
+        if stream is not None:
+            loader = StreamLoader(
+                loader,
+                stream,
+                ratio=config.loader.ratio,
+                mode=config.loader.mode,
+                displaced=config.loader.displaced,
                 seed=seed,
-                test=tensors(test),
-                eval_every=eval_every,
-                on_step=on_step,
-                deadline_seconds=deadline_seconds,
             )
-    finally:
-        torch.set_num_threads(previous_threads)
+        return train(
+            model,
+            forever(loader),
+            settings,
+            seed=seed,
+            test=tensors(test),
+            eval_every=eval_every,
+            on_step=on_step,
+            deadline_seconds=deadline_seconds,
+        )
 
 
 def train_run(config: Config, *, out: Path, view: Any, real_only: bool = False) -> dict[str, Any]:

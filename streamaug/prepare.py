@@ -1,6 +1,7 @@
 """From a configuration to everything a stream needs: data, generator, bank, judge and planner, reused when current."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from streamaug.bank import LatentBank
 from streamaug.config import Config
 from streamaug.data import ImageSet, Splits, load_splits
+from streamaug.engine import resolve_device
 from streamaug.errors import ConfigError, MismatchError, ModelError
 from streamaug.filtering.calibration import build_judge, calibrate, fit_judge
 from streamaug.filtering.judge import Judge, pack_state
@@ -21,6 +23,9 @@ from streamaug.orders import Planner
 from streamaug.prior import prior_digest, train_prior
 from streamaug.sampling.denoisers import ModelInfo, inspect, load_scheduler
 from streamaug.sampling.solver import make_scheduler, schedule_of, solver_table
+from streamaug.training.classifiers import build_classifier
+
+log = logging.getLogger("streamaug")
 
 ENGINE = "streamaug.engine:build"
 
@@ -102,17 +107,20 @@ def prepare(
     progress = progress or Silent()
     progress.phase("loading images")
     splits = load_splits(config.data)
+    for note in splits.notes:
+        log.warning("%s", note)
+    _check_names(config, len(splits.train.class_names))
     if labelled is None:
         labelled = splits.train.subset(splits.train.select_shots(config.data.shots, config.seed))
     model = find_model(config, splits, progress=progress, fresh=fresh)
     check_model(config, model, labelled)
+    scheduler = make_scheduler(load_scheduler(model.path), config.model.scheduler)
+    solver_table(scheduler, config.model.steps)
     bank = _bank(config, model, labelled, progress)
     judge = None
     if config.judge.enabled:
         progress.phase("fitting the judge")
         judge = make_judge(config, labelled, config.seed) if with_judge else build_judge(config, len(bank.class_names))
-    scheduler = make_scheduler(load_scheduler(model.path), config.model.scheduler)
-    solver_table(scheduler, config.model.steps)
     planner = Planner(
         bank.labels,
         len(bank.class_names),
@@ -138,16 +146,27 @@ def find_model(config: Config, splits: Splits, *, progress: Progress, fresh: boo
     return inspect(path)
 
 
+def _check_names(config: Config, num_classes: int) -> None:
+    """Refuse a device or a classifier that is not there before anything is trained."""
+    resolve_device(config.model.device)
+    data = config.data
+    for name in {config.train.classifier, config.judge.classifier}:
+        build_classifier(name, channels=data.channels, image_size=data.image_size, num_classes=num_classes)
+
+
 def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
     """Refuse a model that does not fit the images or the recipes."""
     if model.image_shape != labelled.image_shape:
         raise MismatchError(
-            f"the model makes images of {_shape(model.image_shape)}, the data are {_shape(labelled.image_shape)}: set "
-            f"data.channels to {model.image_shape[0]} and data.image_size to {model.image_shape[1]}"
+            f"{model.path} makes images of {_shape(model.image_shape)}, the data are "
+            f"{_shape(labelled.image_shape)}: set data.channels to {model.image_shape[0]} and data.image_size to {model.image_shape[1]}"
         )
     classes = len(labelled.class_names)
     if 0 < model.num_classes < classes:
-        raise MismatchError(f"the model knows {model.num_classes} classes, the data have {classes}")
+        raise MismatchError(
+            f"{model.path} knows {model.num_classes} classes, the data have {classes}: set model.path to a model "
+            "of at least as many, or data.root to a folder of at most as many"
+        )
     null_class = config.model.null_class
     if null_class is not None and not 0 <= null_class < model.num_classes:
         raise MismatchError(f"model.null_class is {null_class}, the model has classes 0 to {model.num_classes - 1}")
@@ -191,7 +210,8 @@ def _bank(config: Config, model: ModelInfo, labelled: ImageSet, progress: Progre
     if path is None:
         content = hashlib.sha256("".join([model.digest, config.digest("bank"), *labelled.hashes]).encode())
         path = config.cache / f"bank-{content.hexdigest()[:16]}"
-        _writable(config.cache)
+        if not path.exists():
+            _writable(config.cache)
     progress.phase("inverting", len(labelled))
     seen = 0
 

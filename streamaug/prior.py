@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def _fit(
 
 def save_atomically(pipeline: Any, path: Path) -> None:
     """Save a diffusers pipeline so that `path` holds the old model or the whole new one, whatever happens."""
-    temporary: Path | None = None
+    temporary = old = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -133,13 +132,14 @@ def save_atomically(pipeline: Any, path: Path) -> None:
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"{path}: the model cannot be written: {error}; "
             "free some space, or set `cache` to a folder that can be written"
         ) from None
     finally:
-        if temporary is not None:
-            with suppress(OSError):
-                shutil.rmtree(temporary)
+        if old is not None and old.exists() and not path.exists():
+            os.replace(old, path)
+        for leftover in (temporary, old):
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)

@@ -44,7 +44,7 @@ def write_atomically(file: Path, data: bytes, work: Path) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise BankError(
-            f"{file}: cannot be written: {error.strerror} ({len(data) / 1e6:.1f} MB needed); what was "
+            f"{file}: cannot be written: {error.strerror} ({len(data) / 1e3:.0f} kB needed); what was "
             "finished is intact: make room and start again to go on from there"
         ) from None
 
@@ -116,6 +116,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def refuse_foreign(folder: Path) -> None:
     """Raise BankError when a folder holds something that a writer must leave alone."""
+    if folder.exists() and not folder.is_dir():
+        raise BankError(f"{folder}: a file; a latent bank is a folder: set bank.path to another path")
     try:
         names = sorted(entry.name for entry in folder.iterdir())
         index = _parse((folder / INDEX).read_bytes()) if INDEX in names else None

@@ -3,14 +3,16 @@
 import contextlib
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from streamaug.demo.files import write_whole
 from streamaug.demo.report import Curve, Timeline, paired_interval
 from streamaug.errors import MissingExtra
 
@@ -115,7 +117,7 @@ def samples_png(rows: Sequence[SampleRow], path: Path) -> None:
             draw.rectangle(outer, outline=color, width=FRAME)
             _mark(draw, x + 12, y + TILE + 32, sibling.kept)
             draw.text((x + 34, y + TILE + 32), f"{sibling.score:.2f}", color, small, anchor="lm")
-    canvas.save(path, optimize=True)
+    _save(path, lambda file: canvas.save(file, "PNG", optimize=True))
 
 
 def preview_png(batch: Any, path: Path, *, class_names: Sequence[str], steps: int, judged: bool = True) -> None:
@@ -147,7 +149,7 @@ def preview_png(batch: Any, path: Path, *, class_names: Sequence[str], steps: in
         draw.text((x, y + TILE + 62), f"depth {depth:.2f}", SOFT, small, anchor="lm")
         if judged:
             draw.text((x, y + TILE + 92), f"score {batch.scores[index]:.2f}", SOFT, small, anchor="lm")
-    canvas.save(path, optimize=True)
+    _save(path, lambda file: canvas.save(file, "PNG", optimize=True))
 
 
 def require_matplotlib() -> None:
@@ -199,7 +201,14 @@ def curves_png(curves: Sequence[Curve], timeline: Timeline, path: Path) -> None:
         close.set_title(f"The same, {ended - began:.2g} seconds of it: {blocks}")
         if timeline.ring_fill:
             _draw_fill(figure.add_subplot(grid[3, :]), timeline, window)
-        figure.savefig(path, dpi=170)
+        _save(path, lambda file: figure.savefig(file, dpi=170, format="png"))
+
+
+def _save(path: Path, draw: Callable[[BytesIO], Any]) -> None:
+    """Draw in memory and write the file whole."""
+    file = BytesIO()
+    draw(file)
+    write_whole(path, file.getvalue())
 
 
 def _draw_accuracy(axes: Any, curves: Sequence[Curve]) -> None:

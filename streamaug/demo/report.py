@@ -4,9 +4,7 @@ import base64
 import html
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import yaml
 
 from streamaug.config import Config
+from streamaug.demo.files import write_whole
 from streamaug.doctor import hardware, installed_versions
 
 
@@ -159,12 +158,12 @@ def write_report(
     overlap = overlap_share(timeline)
     out.mkdir(parents=True, exist_ok=True)
     write_json({**report, "overlap_share": overlap}, out / "report.json")
-    _write_whole(out / "report.html", _page(report, overlap, curves, samples_png, curves_png))
+    write_whole(out / "report.html", _page(report, overlap, curves, samples_png, curves_png).encode())
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
     """Write the figures to `path`, whole or not at all; what is not finite becomes null."""
-    _write_whole(path, json.dumps(_plain(report), indent=2, allow_nan=False) + "\n")
+    write_whole(path, (json.dumps(_plain(report), indent=2, allow_nan=False) + "\n").encode())
 
 
 def paired_interval(gains: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
@@ -255,20 +254,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 # The page.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from streamaug.config import Config
 from streamaug.data import ImageSet
@@ -122,7 +121,7 @@ def run_demo(
             judge_began = time.monotonic()
             if config.judge.enabled:
                 view.phase(f"seed {position + 1} of {len(seeds)}: fitting the judge")
-                judge = _single_threaded(lambda seed=seed, at=position: fit_judge(config, draws.of_seed(at), seed))
+                judge = fit_judge(config, draws.of_seed(position), seed)
             stream.replan(
                 row_weights=draws.row_weights(position),
                 judge_state=None if judge is None else pack_state(judge),
@@ -243,16 +242,6 @@ class _Follow:
             if self.arms[name].results:
                 figures[f"{name}_accuracy"] = self.arms[name].mean
         self.view.figures(**figures)
-
-
-def _single_threaded(work: Any) -> Any:
-    """Run with one thread: the producer has the other core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return work()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def sample_rows(prepared: Prepared, judge: Judge | None, rows: np.ndarray, siblings: int = 2) -> list[SampleRow]:

@@ -51,7 +51,7 @@ STREAM_TRIALS = [
     [_BOTH],
     [_NOISE, "train.label_smoothing=0.2"],
     [_BOTH, "train.label_smoothing=0.2"],
-    [_DEEPER_PAIRS, "judge.floor=0.4", "judge.confident=0.6"],
+    ["recipes=[{kind: noise, depth: [0.25, 0.625]}]", "train.label_smoothing=0.2", "judge.min_score=0.6"],
 ]
 
 

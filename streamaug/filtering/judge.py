@@ -30,6 +30,7 @@ class Judge(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.top_k = min(config.top_k, num_classes)
+        self.min_score = config.min_score
         self.too_easy = config.too_easy
         self.register_buffer("floor", torch.full((num_classes,), config.floor))
         self.register_buffer("confident", torch.full((num_classes,), config.confident))
@@ -51,7 +52,7 @@ class Judge(nn.Module):
 
         reasons = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
         unlikely = ~agrees & ((score < self.floor[labels]) | (rank >= self.top_k))
-        reasons[unlikely] = _CODE["unlikely_label"]
+        reasons[unlikely | (score < self.min_score)] = _CODE["unlikely_label"]
         reasons[~agrees & (top >= self.confident[preferred])] = _CODE["confidently_wrong"]
         if self.too_easy is not None:
             reasons[agrees & (score > self.too_easy)] = _CODE["too_easy"]

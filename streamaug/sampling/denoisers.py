@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamaug.errors import ModelError
+from streamaug.errors import ModelError, nearest
 
 FAMILIES = ("UNet2DModel",)
 
@@ -43,19 +43,31 @@ def inspect(path: Path) -> ModelInfo:
     weights = path / "unet" / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise ModelError(f"{path}: no unet/{weights.name}; weights are read from safetensors only")
-    size = unet["sample_size"]
-    if size is None:
-        raise ModelError(f"{path}: unet/config.json has no sample_size, so the image size is unknown; set it there")
-    height, width = (size, size) if isinstance(size, int) else size
+    size = unet.get("sample_size")
+    sides = [size, size] if isinstance(size, int) else size
+    if not (isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) for side in sides)):
+        raise ModelError(
+            f"{path}: unet/config.json has sample_size {size!r}, so the image size is unknown; "
+            "set it there to the image's side in pixels, or to [height, width]"
+        )
+    channels, predicted = unet.get("in_channels", 3), unet.get("out_channels", 3)
+    if channels != predicted:
+        raise ModelError(
+            f"{path}: the unet takes {channels} channels and predicts {predicted} (a learned variance?); "
+            "accepted are models that predict as many channels as they take"
+        )
     classes = unet.get("num_class_embeds") or 0
-    return ModelInfo(path, family, (unet["out_channels"], height, width), classes, _digest(path))
+    return ModelInfo(path, family, (channels, sides[0], sides[1]), classes, _digest(path))
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:
     if not path.is_dir():
         raise ModelError(f"{path}: no such folder; model.path is a folder saved by a diffusers pipeline")
     try:
-        return json.loads((path / name).read_text())
+        content = json.loads((path / name).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, found a {type(content).__name__}")
+        return content
     except FileNotFoundError:
         raise ModelError(
             f"{path}: no {name}, so this is not a diffusers model folder (one saved by pipeline.save_pretrained)"
@@ -81,9 +93,13 @@ def load_scheduler(path: Path) -> Any:
     import diffusers
 
     name = _json(path, "scheduler/scheduler_config.json").get("_class_name", "")
-    if not hasattr(diffusers, name):
-        raise ModelError(f"{path}: the scheduler {name!r} is not one of diffusers'")
-    return getattr(diffusers, name).from_pretrained(path / "scheduler")
+    known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+    if name not in known:
+        raise ModelError(f"{path}: the scheduler {name!r} is not one of diffusers'{nearest(str(name), known)}")
+    try:
+        return getattr(diffusers, name).from_pretrained(path / "scheduler")
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{path}: the scheduler {name} cannot be made from its configuration: {error}") from None
 
 
 class UNet2D:
@@ -114,11 +130,24 @@ class UNet2D:
         from diffusers import UNet2DModel
 
         try:
-            unet = UNet2DModel.from_pretrained(
-                info.path / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+            unet, loading = UNet2DModel.from_pretrained(
+                info.path / "unet",
+                torch_dtype=dtype,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{info.path}: the weights cannot be loaded: {error}") from None
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"{info.path}: the weights cannot be loaded (truncated, or of another architecture than "
+                f"unet/config.json): {error}"
+            ) from None
+        missing = loading["missing_keys"]
+        if missing:
+            raise ModelError(
+                f"{info.path}: {len(missing)} tensors that unet/config.json asks for are not among the weights, "
+                f"first {missing[0]}; save the model again with pipeline.save_pretrained"
+            )
         broken = [name for name, value in unet.state_dict().items() if not torch.isfinite(value).all()]
         if broken:
             raise ModelError(f"{info.path}: weights with NaN or infinity, first in {broken[0]} ({len(broken)} tensors)")

@@ -97,6 +97,8 @@ def require(kind: Kind, nbytes: int, what: str) -> None:
     if nbytes <= there:
         return
     where = {"shm": SHM_FOLDER, "file": tempfile.gettempdir()}.get(kind, "memory")
+    if kind == "shm" and not os.path.isdir(SHM_FOLDER):
+        where += ", which does not exist"
     raise MemoryTooSmall(
         f"the ring needs {human(nbytes)} ({what}), but only {human(there)} are free in {where} "
         f"(stream.memory: {kind}); {_WHAT_HELPS}"

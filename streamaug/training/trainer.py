@@ -48,8 +48,27 @@ def train(
     """Train `model` in place for config.steps optimizer steps (or until the deadline) on (images, labels) batches.
 
     images: [B, C, H, W] in [0, 1]; labels: int64 [B]; test: all evaluation images and labels. AdamW with one
-    learning-rate cycle. `on_step(step, accuracy or None)` is called after each step.
+    learning-rate cycle. `on_step(step, accuracy or None)` is called after each step. Runs with config.threads CPU
+    threads: the producer has the others, and small networks gain nothing from more.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return _train(model, batches, config, seed, test, eval_every, on_step, deadline_seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    model: nn.Module,
+    batches: Iterable,
+    config: TrainConfig,
+    seed: int,
+    test: tuple[torch.Tensor, torch.Tensor] | None,
+    eval_every: int | None,
+    on_step: Callable[[int, float | None], None] | None,
+    deadline_seconds: float | None,
+) -> TrainResult:
     random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     began = time.monotonic()

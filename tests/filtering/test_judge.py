@@ -56,6 +56,12 @@ def test_a_label_outside_the_top_k_is_unlikely():
     assert reason(row, 3, top_k=3) == "unlikely_label"
 
 
+def test_agreement_is_not_enough_below_the_least_score():
+    row = [0.55, 0.20, 0.15, 0.10]
+    assert reason(row, 0, min_score=0.5) == "accepted"
+    assert reason(row, 0, min_score=0.6) == "unlikely_label"
+
+
 def test_the_too_easy_are_cut_when_asked():
     row = [0.97, 0.01, 0.01, 0.01]
     assert reason(row, 0, too_easy=0.99) == "accepted"
