@@ -157,9 +157,10 @@ def _check_names(config: Config, num_classes: int) -> None:
 def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
     """Refuse a model that does not fit the images or the recipes."""
     if model.image_shape != labelled.image_shape:
+        channels, size, _ = model.image_shape
         raise MismatchError(
-            f"{model.path} makes images of {_shape(model.image_shape)}, the data are "
-            f"{_shape(labelled.image_shape)}: set data.channels to {model.image_shape[0]} and data.image_size to {model.image_shape[1]}"
+            f"{model.path} makes images of {_shape(model.image_shape)}, the data are {_shape(labelled.image_shape)}: "
+            f"set data.channels to {channels} and data.image_size to {size}"
         )
     classes = len(labelled.class_names)
     if 0 < model.num_classes < classes:

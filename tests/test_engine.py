@@ -62,6 +62,16 @@ def test_the_slot_says_which_order_each_image_came_from(prepared, engine):
     np.testing.assert_array_equal(reasons, out.reasons)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_within_two_grey_levels_on_average(prepared, engine, small_overrides, dtype):
+    options = load("digits", [*small_overrides, f"model.dtype={dtype}"])
+    half = engine_module.build({**prepared.engine_options, "config": options.model_dump(mode="json")})
+    half.load_judge(0, prepared.judge_state)
+    order = prepared.planner.batch(3, prepared.planner.uniform())
+    pixels, _, _ = half.look(order)
+    assert np.abs(pixels.astype(int) - engine.look(order)[0]).mean() <= 2
+
+
 def test_shallow_images_stay_near_their_anchor_and_deep_ones_leave_it(prepared, engine):
     plan = prepared.planner
     order = plan.batch(1, plan.uniform())
