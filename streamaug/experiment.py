@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from streamaug.config import ArmConfig, Config, TrainConfig
 from streamaug.data import ImageDataset, ImageSet
 from streamaug.loader import StreamLoader
+from streamaug.outputs import write_json
 from streamaug.prepare import prepare
 from streamaug.stream import Stream
 from streamaug.training.classifiers import build_classifier
@@ -129,7 +130,5 @@ def train_run(config: Config, *, out: Path, view: Any, real_only: bool = False) 
         "notes": prepared.splits.notes,
         "config": config.model_dump(mode="json"),
     }
-    from streamaug.demo.report import write_json
-
     write_json(report, out / "report.json")
     return report

@@ -127,6 +127,7 @@ def save_atomically(pipeline: Any, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)
         pipeline.save_pretrained(temporary, safe_serialization=True)
         old = temporary.with_suffix(".old")
         if path.exists():

@@ -426,7 +426,7 @@ def test_a_full_disk_leaves_the_prior_that_is_there(tmp_path: Path) -> None:
     prior = tmp_path / "prior"
     save_atomically(Pipeline(), prior)
     before = contents(tmp_path)
-    with files_limited_to(100), pytest.raises(ModelError, match="cannot be written.*free some space"):
+    with files_limited_to(100), pytest.raises(ModelError, match=r"cannot be written.*free some space"):
         save_atomically(Pipeline(), prior)
     assert contents(tmp_path) == before
     assert os.listdir(tmp_path) == ["prior"]
@@ -455,7 +455,7 @@ def test_an_interrupt_between_the_old_prior_and_the_new_one_keeps_the_old(tmp_pa
 
 
 def test_an_output_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
-    from streamaug.demo.files import write_whole
+    from streamaug.outputs import write_whole
 
     file = tmp_path / "report.json"
     write_whole(file, b"old")
@@ -470,7 +470,7 @@ def test_a_machine_without_dev_shm_says_so(monkeypatch, tmp_path: Path) -> None:
     from streamaug.stream import memory
 
     monkeypatch.setattr(memory, "SHM_FOLDER", str(tmp_path / "shm"))
-    with pytest.raises(MemoryTooSmall, match="which does not exist.*stream.memory: memfd"):
+    with pytest.raises(MemoryTooSmall, match=r"which does not exist.*stream.memory: memfd"):
         memory.require("shm", 1000, "a ring")
     memory.require(memory.choose("auto"), 1000, "a ring")
 

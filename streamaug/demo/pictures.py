@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from streamaug.demo.files import write_whole
 from streamaug.demo.report import Curve, Timeline, paired_interval
 from streamaug.errors import MissingExtra
+from streamaug.outputs import write_whole
 
 # Everything is drawn at twice the size it is meant to be seen at, for screens of high density.
 TILE = 160  # pixels a side of one image

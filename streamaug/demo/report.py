@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ import numpy as np
 import yaml
 
 from streamaug.config import Config
-from streamaug.demo.files import write_whole
 from streamaug.doctor import hardware, installed_versions
+from streamaug.outputs import plain, write_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,6 @@ def write_report(
     write_whole(out / "report.html", _page(report, overlap, curves, samples_png, curves_png).encode())
 
 
-def write_json(report: Mapping[str, Any], path: Path) -> None:
-    """Write the figures to `path`, whole or not at all; what is not finite becomes null."""
-    write_whole(path, (json.dumps(_plain(report), indent=2, allow_nan=False) + "\n").encode())
-
-
 def paired_interval(gains: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
     """Mean of the gains and Student's 95% interval of it; no interval from a single gain."""
     mean = float(np.mean(gains))
@@ -241,19 +235,6 @@ def _arm_report(arm: Arm) -> ArmReport:
 def _signed(fraction: float) -> str:
     """A fraction as signed points with one decimal."""
     return f"{round(100 * fraction, 1) + 0.0:+.1f}"
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: numpy numbers as numbers, what is not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # The page.
@@ -456,7 +437,7 @@ def _reproduction(report: DemoReport) -> str:
         cells = (f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>' for key, value in values.items())
         return '<table class="facts"><tbody>' + "".join(cells) + "</tbody></table>"
 
-    settings = yaml.safe_dump(_plain(report["config"]), sort_keys=False, default_flow_style=None)
+    settings = yaml.safe_dump(plain(report["config"]), sort_keys=False, default_flow_style=None)
     return f"""<section>
 <h2>To run it again</h2>
 <pre><code>{_text(report["command"])}</code></pre>

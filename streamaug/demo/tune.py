@@ -15,13 +15,13 @@ import numpy as np
 import typer
 
 from streamaug.config import Config, load, parse
-from streamaug.demo.report import write_json
 from streamaug.demo.run import LabelledDraws
 from streamaug.demo.view import PlainView
 from streamaug.doctor import hardware, installed_versions
 from streamaug.experiment import for_arm, run_arm
 from streamaug.filtering.calibration import fit_judge
 from streamaug.filtering.judge import pack_state
+from streamaug.outputs import write_json
 from streamaug.prepare import prepare
 from streamaug.stream import Stream
 

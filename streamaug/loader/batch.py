@@ -4,7 +4,7 @@ In the loader, between the real batch and the merged one.
 """
 
 import copy
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,8 @@ def rebuild(batch: Any, changed: Mapping[Key, Any], ids: torch.Tensor | None) ->
 
 
 def count_rows(batch: Any) -> int:
-    """Images in a batch: the length of its first field with entries."""
-    values = batch.values() if isinstance(batch, Mapping) else batch
+    """Images in a batch: the length of its first field with entries; 0 for what has no fields."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Iterable) else ()
     return next((len(value) for value in values if is_rows(value)), 0)
 
 

@@ -247,6 +247,8 @@ class StreamLoader:
         """As many batches as the real loader has; in "replace" what is displaced is dropped."""
         for batch in real.epoch():
             count, ratio = batches.count_rows(batch), self._ratio_at(self._step)
+            if ratio and not count:
+                batches.fields_of(batch)  # not a batch at all: no reason to train on in silence
             if not ratio:
                 planned = 0
             elif self.mode == "replace":

@@ -26,10 +26,10 @@ from streamaug.demo.report import (
     paired_interval,
     student_t_975,
     verdict,
-    write_json,
     write_report,
 )
-from streamaug.errors import MissingExtra
+from streamaug.errors import MissingExtra, StreamaugError
+from streamaug.outputs import write_json
 
 TIMELINE = Timeline(
     generation=[(0.5 + 0.1 * i, 0.58 + 0.1 * i) for i in range(60)],
@@ -255,7 +255,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(StreamaugError, match=r"report\.json: cannot be written: No space left on device"):
         write_json({"new": 2}, path)
     assert json.loads(path.read_text()) == {"old": 1}
     assert [item.name for item in tmp_path.iterdir()] == ["report.json"]

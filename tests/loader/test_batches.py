@@ -274,3 +274,10 @@ def test_custom_collate_functions_and_subclasses_of_dict_are_kept():
 
 def _values(batch):
     return batch.values() if isinstance(batch, dict) else batch
+
+
+@pytest.mark.parametrize("batch", ["a string", 5, object()], ids=["a string", "a number", "an object"])
+def test_what_is_no_batch_is_refused_at_once_and_left_alone_at_ratio_0(batch):
+    with pytest.raises(MismatchError, match=r"the real loader yields .*; a batch with labels is needed"):
+        list(StreamLoader([batch], FakeStream(), ratio=0.5))
+    assert list(StreamLoader([batch], FakeStream(), ratio=0)) == [batch]
