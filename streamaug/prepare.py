@@ -1,6 +1,7 @@
 """From a configuration to everything a stream needs: data, generator, bank, judge and planner, reused when current."""
 
 import hashlib
+import tempfile
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,9 +228,7 @@ def _bank(config: Config, model: ModelInfo, labelled: ImageSet, progress: Progre
 def _writable(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        probe = cache / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise ConfigError(
             f"the cache folder {cache} cannot be written ({error.strerror}); "
