@@ -1,8 +1,8 @@
 """From a configuration to everything a stream needs: data, generator, bank, judge and planner, reused when current."""
 
 import hashlib
-import tempfile
 import logging
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
