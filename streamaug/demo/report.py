@@ -419,13 +419,12 @@ def _method(report: DemoReport) -> str:
 <h2>How it was measured</h2>
 <ul>
 <li><b>Data:</b> {_text(report["data"])}. The {report["held_out"]:,} test images were set apart by index and
-by the hash of their pixels: none of them is among the images the generator, the bank, the judge or the tuning
-used.</li>
+by the hash of their pixels: none of them is among the images the generator, the bank or the judge used.</li>
 <li><b>Repetitions:</b> each draws {report["shots"]} labelled {_plural(report["shots"], "image")} per class
 anew (seeds {", ".join(str(seed) for seed in report["seeds"])}), inverts exactly those, and trains both arms
 from them.</li>
-<li><b>Fairness:</b> both arms take the same number of steps with the same augmentation, and had the same
-tuning budget on images that are not in the test set. The reported seeds were not used for tuning.</li>
+<li><b>Fairness:</b> both arms take the same number of steps with the same augmentation. The settings are those of the
+configuration below; how the bundled ones were tuned is told in the README.</li>
 <li><b>The generator</b> {generator}.</li>
 <li><b>Uncertainty:</b> {interval}</li>
 </ul>

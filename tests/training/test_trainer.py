@@ -50,7 +50,8 @@ def test_the_same_seed_gives_the_same_weights():
 def test_a_deadline_ends_training_by_the_clock():
     model = SmallCNN(1, 8, 2)
     result = train(model, batches(), TrainConfig(steps=10**9, augment=STILL), seed=0, deadline_seconds=2.0)
-    assert 1 <= result.steps < 10**9
+    assert result.steps >= 1
+    assert result.seconds >= 2.0
     assert math.isnan(result.accuracy)
 
 
