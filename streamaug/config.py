@@ -72,12 +72,29 @@ class ModelConfig(Section):
     """The diffusion model: a diffusers folder, or null to train `prior` into the cache."""
 
     path: ConfigPath | None = None
-    scheduler: Literal["keep", "ddim", "euler", "dpmsolver++"] = "keep"
+    variant: str | None = None  # "fp16" reads diffusion_pytorch_model.fp16.safetensors
+    scheduler: str = "keep"  # the model's own, an alias such as "ddim" or "dpmsolver++", or a diffusers class name
+    scheduler_config: dict[str, Any] = {}  # overrides of the scheduler's configuration, such as use_karras_sigmas
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None  # DDIM's noise: 0 none, 1 as much as DDPM
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     null_class: int | None = None  # the label that means "no class", for classifier-free guidance
+    prompts: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}"]  # wordings; {} is the class name
+    negative_prompt: str = ""  # the unconditional half of guidance
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # share of the schedule in which guidance acts
+    guidance_rescale: Fraction = 0.0  # draws the guided output's contrast towards the conditional one's
+    tiny_vae: ConfigPath | None = None  # folder of an AutoencoderTiny that decodes instead of the model's own
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
     channels_last: bool = True
+    compile: bool = False  # torch.compile the network: pays when minutes of images are made
+    debug_nan: bool = False  # log the evaluation in which an image first stops being finite
+
+    @model_validator(mode="after")
+    def _interval(self) -> "ModelConfig":
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"guidance_interval is [from, to] with from below to, got [{low}, {high}]")
+        return self
 
 
 class PriorConfig(Section):
@@ -103,6 +120,7 @@ class Recipe(Section):
     kind: Literal["noise", "interpolate", "generate"]
     weight: Annotated[float, Field(ge=0)] = 1.0
     depth: Range = (0.2, 0.5)  # share of the noise schedule that is run, in (0, 1]
+    conditioning: Literal["label", "embedding"] = "label"  # what the network is told: class or prompt, or bank rows
     mode: Literal["linear", "spherical"] = "linear"  # interpolate: how the two anchors combine
     t: Range = (0.0, 0.5)  # interpolate: weight of the partner
     guidance: Range = (1.0, 1.0)  # classifier-free guidance scale; 1 is off

@@ -20,8 +20,8 @@ from streamaug.filtering.calibration import build_judge
 from streamaug.filtering.judge import Judge, score_unjudged, unpack_state
 from streamaug.kernels.emit import emit
 from streamaug.orders import OrderBatch
-from streamaug.sampling.denoisers import UNet2D, inspect, load_scheduler
-from streamaug.sampling.latents import start_latents
+from streamaug.sampling.denoisers import LoadSettings, inspect, load, load_scheduler
+from streamaug.sampling.latents import row_conditioning, start_latents
 from streamaug.sampling.sampler import Sampler
 from streamaug.sampling.solver import make_scheduler
 
@@ -32,13 +32,22 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class Engine:
     """Executes order batches with one model, one bank and one judge."""
 
-    def __init__(self, bank: LatentBank, sampler: Sampler, judge: Judge | None, *, seed: int, kernels: str):
+    def __init__(
+        self,
+        bank: LatentBank,
+        sampler: Sampler,
+        judge: Judge | None,
+        *,
+        image_shape: tuple[int, int, int],
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        kernels: str,
+    ):
         self.bank, self.sampler, self.judge = bank, sampler, judge
+        self.image_shape, self.latent_shape = image_shape, latent_shape
         self.seed, self.kernels = seed, kernels
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         self.device = sampler.denoiser.device
-        channels, height, width = bank.image_shape
-        self.image_shape = (channels, height, width)
 
     def load_judge(self, version: int, state: np.ndarray) -> None:
         """Use these judge weights (`filtering.judge.pack_state`'s bytes) from now on."""
@@ -64,11 +73,11 @@ class Engine:
         self, order: OrderBatch, beat: Callable[[], None] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with self._timed("perturb"):
-            latents = start_latents(
-                self.bank, order, self.image_shape, seed=self.seed, device=self.device, kernels=self.kernels
-            )
+            where: Any = {"seed": self.seed, "device": self.device, "kernels": self.kernels}
+            latents = start_latents(self.bank, order, self.latent_shape, **where)
+            rows = row_conditioning(self.bank, order, **where)
         with self._timed("sample"):
-            latents = self.sampler.sample(latents, order, on_evaluation=beat)
+            latents = self.sampler.sample(latents, order, rows, on_evaluation=beat)
         with self._timed("decode"):
             images = self.sampler.denoiser.decode(latents)
         with self._timed("judge"):
@@ -105,21 +114,45 @@ def build(options: dict[str, Any]) -> Engine:
     config = Config.model_validate(options["config"])
     device = resolve_device(config.model.device)
     dtype = _DTYPES.get(config.model.dtype) or (torch.float16 if device.type == "cuda" else torch.float32)
-    info = inspect(Path(options["model"]))
-    denoiser = UNet2D.load(
+    model = config.model
+    info = inspect(Path(options["model"]), config.data.image_size, model.variant)
+    prompts = options["prompts"]
+    denoiser = load(
         info,
-        null_class=config.model.null_class,
-        device=device,
-        dtype=dtype,
-        channels_last=config.model.channels_last,
+        LoadSettings(
+            device=device,
+            dtype=dtype,
+            channels_last=model.channels_last,
+            compile=model.compile,
+            null_class=info.null_class if model.null_class is None else model.null_class,
+            prompts=None if prompts is None else Path(prompts),
+            tiny_vae=model.tiny_vae,
+            variant=model.variant,
+        ),
     )
     judge = None
     if config.judge.enabled:
         judge = build_judge(config, options["num_classes"]).to(device).requires_grad_(False)
-    scheduler = make_scheduler(load_scheduler(info.path), config.model.scheduler)
     seed, kernels = config.seed, config.stream.kernels
-    sampler = Sampler(denoiser, scheduler, config.model.steps, seed=seed, kernels=kernels, classifier=judge)
-    return Engine(LatentBank.open(Path(options["bank"])), sampler, judge, seed=seed, kernels=kernels)
+    sampler = Sampler(
+        denoiser,
+        make_scheduler(load_scheduler(info.path), model.scheduler),
+        model.steps,
+        seed=seed,
+        kernels=kernels,
+        classifier=judge,
+        guidance_interval=model.guidance_interval,
+        guidance_rescale=model.guidance_rescale,
+    )
+    return Engine(
+        LatentBank.open(Path(options["bank"])),
+        sampler,
+        judge,
+        image_shape=info.image_shape,
+        latent_shape=info.latent_shape,
+        seed=seed,
+        kernels=kernels,
+    )
 
 
 def resolve_device(name: str) -> torch.device:

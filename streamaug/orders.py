@@ -23,7 +23,7 @@ ORDER_DTYPE = np.dtype(
         ("label", "<i8"),  # the class asked for
         ("label_b", "<i8"),  # the second class of a mixed label (equal to label when not mixed)
         ("label_mix", "<f4"),  # weight of label_b, in [0, 1]
-        ("template", "<i4"),  # which prompt wording
+        ("template", "<i4"),  # which prompt wording, -1 for the bank rows' own embeddings
         ("row_a", "<i8"),  # bank rows of the two anchors, -1 for none
         ("row_b", "<i8"),
         ("interp", "<i4"),  # INTERP_*
@@ -115,15 +115,17 @@ class Planner:
         recipes: Sequence[Recipe],
         batch_size: int,
         seed: int,
+        templates: int = 1,
     ):
-        """row_labels: int64 [R], the class of each bank row. Raises DataError when a class has no rows and a recipe
-        needs one."""
+        """row_labels: int64 [R], the class of each bank row; templates: how many prompt wordings there are. Raises
+        DataError when a class has no rows and a recipe needs one."""
         self.row_labels = np.asarray(row_labels, dtype=np.int64)
         self.num_classes = num_classes
         self.schedule = schedule
         self.recipes = [recipe for recipe in recipes if recipe.weight > 0]
         self.batch_size = batch_size
         self.seed = seed
+        self.templates = templates
         self.rows_of = [np.flatnonzero(self.row_labels == label) for label in range(num_classes)]
         self._shares = np.cumsum([recipe.weight for recipe in self.recipes], dtype=np.float64)
         self._shares /= self._shares[-1]
@@ -143,6 +145,7 @@ class Planner:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "classes": self.num_classes,
+            "templates": self.templates,
         }
         rows = hashlib.sha256(self.row_labels.tobytes()).hexdigest()
         return hashlib.sha256((json.dumps(plan, sort_keys=True) + rows).encode()).hexdigest()[:16]
@@ -164,6 +167,10 @@ class Planner:
         images["cond_w"] = (1.0, 0.0, 0.0)
         images["row_a"] = images["row_b"] = -1
         t = rng.uniform(*recipe.t, size)
+        if recipe.conditioning == "embedding":
+            images["template"] = -1
+        elif self.templates > 1:
+            images["template"] = rng.integers(self.templates, size=size)
 
         if recipe.kind == "generate":
             images["latent_w"] = (0.0, 0.0, self.schedule.initial_noise)

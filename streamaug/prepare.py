@@ -22,7 +22,8 @@ from streamaug.filtering.judge import Judge, pack_state
 from streamaug.inversion.encode import invert
 from streamaug.orders import Planner
 from streamaug.prior import prior_digest, train_prior
-from streamaug.sampling.denoisers import ModelInfo, inspect, load_scheduler
+from streamaug.sampling.conditioning import encode_prompts
+from streamaug.sampling.denoisers import FAMILIES, ModelInfo, inspect, load_scheduler
 from streamaug.sampling.solver import make_scheduler, schedule_of, solver_table
 from streamaug.training.classifiers import build_classifier
 
@@ -58,6 +59,7 @@ class Prepared:
     bank: LatentBank
     judge: Judge | None
     planner: Planner
+    prompts: Path | None = None  # the encoded prompts, for families that take them
 
     engine = ENGINE
 
@@ -68,6 +70,7 @@ class Prepared:
             "model": str(self.model.path),
             "bank": str(self.bank.path),
             "num_classes": len(self.class_names),
+            "prompts": None if self.prompts is None else str(self.prompts),
         }
 
     @property
@@ -117,6 +120,7 @@ def prepare(
     check_model(config, model, labelled)
     scheduler = make_scheduler(load_scheduler(model.path), config.model.scheduler)
     solver_table(scheduler, config.model.steps)
+    prompts = _prompts(config, model, labelled, progress)
     bank = _bank(config, model, labelled, progress)
     judge = None
     if config.judge.enabled:
@@ -129,14 +133,15 @@ def prepare(
         config.recipes,
         config.stream.batch_size,
         config.seed,
+        templates=len(config.model.prompts) if prompts is not None else 1,
     )
-    return Prepared(config, splits, labelled, model, bank, judge, planner)
+    return Prepared(config, splits, labelled, model, bank, judge, planner, prompts)
 
 
 def find_model(config: Config, splits: Splits, *, progress: Progress, fresh: bool = False) -> ModelInfo:
     """The configured model, or the cached prior of these images, trained now when there is none."""
     if config.model.path is not None:
-        return inspect(config.model.path)
+        return inspect(config.model.path, config.data.image_size, config.model.variant)
     assert config.prior is not None
     images = splits.unlabelled
     path = config.cache / f"prior-{prior_digest(images, config.prior)}"
@@ -169,19 +174,20 @@ def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
             f"{model.path} knows {model.num_classes} classes, the data have {classes}: set model.path to a model "
             "of at least as many, or data.root to a folder of at most as many"
         )
-    null_class = config.model.null_class
+    null_class = model.null_class if config.model.null_class is None else config.model.null_class
     if null_class is not None and not 0 <= null_class < model.num_classes:
         raise MismatchError(f"model.null_class is {null_class}, the model has classes 0 to {model.num_classes - 1}")
+    has_null = model.conditioning == "prompt" or null_class is not None
     for position, recipe in enumerate(config.recipes):
         where = f"recipes.{position}"
-        by_label = model.num_classes > 0 or recipe.classifier_guidance[0] > 0
+        by_label = model.conditioning != "none" or recipe.classifier_guidance[0] > 0
         if recipe.kind == "generate" and not by_label:
             raise ConfigError(
                 f"{where}: 'generate' needs a class-conditional model or classifier_guidance above 0; "
                 "this model does not know labels, use 'noise' or 'interpolate'"
             )
-        if recipe.guidance != (1.0, 1.0) and (model.num_classes == 0 or null_class is None):
-            missing = "class-conditional model" if model.num_classes == 0 else "null class: set model.null_class"
+        if recipe.guidance != (1.0, 1.0) and model.guidance != "embedded" and not has_null:
+            missing = "class-conditional model" if model.guidance == "none" else "null class: set model.null_class"
             raise ConfigError(f"{where}.guidance: classifier-free guidance needs a {missing}; or set it to [1, 1]")
         if recipe.classifier_guidance[1] > 0 and not config.judge.enabled:
             raise ConfigError(f"{where}.classifier_guidance needs the judge: set judge.enabled to true")
@@ -222,7 +228,26 @@ def _bank(config: Config, model: ModelInfo, labelled: ImageSet, progress: Progre
         progress.advance(done - seen)
         seen = done
 
-    return invert(labelled, path, config=config.bank, model_digest=model.digest, encode=None, progress=advance)
+    encode = None
+    if not model.pixels:
+        encode = FAMILIES[model.family].encoder(model, resolve_device(config.model.device), config.model.variant)
+    return invert(labelled, path, config=config.bank, model_digest=model.digest, encode=encode, progress=advance)
+
+
+def _prompts(config: Config, model: ModelInfo, labelled: ImageSet, progress: Progress) -> Path | None:
+    if model.conditioning != "prompt":
+        return None
+    progress.phase("encoding prompts")
+    _writable(config.cache)
+    return encode_prompts(
+        model,
+        labelled.class_names,
+        config.model.prompts,
+        config.cache,
+        negative=config.model.negative_prompt,
+        variant=config.model.variant,
+        device=resolve_device(config.model.device),
+    )
 
 
 def _writable(cache: Path) -> None:

@@ -289,7 +289,7 @@ def test_weights_of_a_model_that_are_broken_or_not_all_there_are_refused(tmp_pat
     from diffusers import UNet2DModel
     from safetensors.torch import load_file, save_file
 
-    from streamaug.sampling.denoisers import UNet2D, inspect
+    from streamaug.sampling.denoisers import LoadSettings, inspect, load
 
     folder = model_folder(tmp_path / "model")
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
@@ -308,9 +308,7 @@ def test_weights_of_a_model_that_are_broken_or_not_all_there_are_refused(tmp_pat
 
     def loading() -> str:
         with pytest.raises(ModelError) as error:
-            UNet2D.load(
-                inspect(folder), null_class=None, device=torch.device("cpu"), dtype=torch.float32, channels_last=False
-            )
+            load(inspect(folder), LoadSettings(torch.device("cpu")))
         return str(error.value)
 
     save_file({name: value for name, value in good.items() if name != "conv_in.bias"}, file)

@@ -14,7 +14,8 @@ from streamaug.config import load
 from streamaug.errors import BankError, ConfigError, MismatchError, ModelError, UsageError
 from streamaug.filtering.judge import pack_state
 from streamaug.prepare import prepare
-from streamaug.sampling.denoisers import UNet2D, inspect
+from streamaug.sampling import denoisers
+from streamaug.sampling.denoisers import LoadSettings, inspect
 
 
 class Phases:
@@ -94,9 +95,9 @@ def test_what_is_no_model_folder_is_refused(small_overrides, tmp_path, model_cop
 
 def test_an_unsupported_family_names_the_supported_ones(small_overrides, model_copy):
     index = json.loads((model_copy / "model_index.json").read_text())
-    index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    index["_class_name"] = "AudioLDMPipeline"
     (model_copy / "model_index.json").write_text(json.dumps(index))
-    assert "supported denoisers: UNet2DModel" in refused(ModelError, small_overrides, f"model.path={model_copy}")
+    assert "supported: DDPMPipeline, DDIMPipeline" in refused(ModelError, small_overrides, f"model.path={model_copy}")
 
 
 def test_weights_with_nan_name_the_tensor(model_copy):
@@ -105,26 +106,14 @@ def test_weights_with_nan_name_the_tensor(model_copy):
     weights["conv_in.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, file)
     with pytest.raises(ModelError, match=r"conv_in\.weight"):
-        UNet2D.load(
-            inspect(model_copy),
-            null_class=None,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            channels_last=False,
-        )
+        denoisers.load(inspect(model_copy), LoadSettings(torch.device("cpu")))
 
 
 def test_a_truncated_weight_file_is_one_message(model_copy):
     file = model_copy / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
-        UNet2D.load(
-            inspect(model_copy),
-            null_class=None,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            channels_last=False,
-        )
+        denoisers.load(inspect(model_copy), LoadSettings(torch.device("cpu")))
 
 
 def test_a_model_of_another_size_names_the_setting(small_overrides, model_copy):

@@ -34,6 +34,7 @@ class LatentBank:
         self._rows, *self._shards = [_open(path, entry) for entry in self._entries]
         self._starts = np.cumsum([0] + [entry["rows"] for entry in index["shards"]])  # [shards + 1]
         self.tensor_names = list(self._shards[0])
+        self._means: dict[str, torch.Tensor] = {}
         self.labels: np.ndarray = self._rows["label"].numpy()
 
     @classmethod
@@ -91,6 +92,13 @@ class LatentBank:
             local = torch.from_numpy(at[here] - self._starts[shard])
             out[torch.from_numpy(here)] = parts[shard].index_select(0, local)
         return out
+
+    def mean(self, name: str) -> torch.Tensor:
+        """The mean over all rows of a named tensor, fp32 [...], summed in float64; computed once."""
+        if name not in self._means:
+            total = sum(part.sum(0, dtype=torch.float64) for part in self._parts(name))
+            self._means[name] = (total / self.num_rows).float()
+        return self._means[name]
 
     def verify(self) -> list[str]:
         """Read every byte: a sentence for each file that has changed and each row that is not finite."""

@@ -1,13 +1,15 @@
-"""Starting latents: gather an order batch's bank rows and mix them by the `perturb` kernel."""
+"""Where images start: gather an order batch's bank rows and mix them by the `perturb` kernel."""
 
 import numpy as np
 import torch
 
 from streamaug.bank import LatentBank
+from streamaug.errors import BankError
 from streamaug.kernels.perturb import perturb
 from streamaug.orders import INTERP_CIRCLE, INTERP_SPHERICAL, OrderBatch
 
-_PERTURB_STREAM = 0
+_LATENT_STREAM = 0
+_CONDITIONING_STREAM = 16  # stream 1 is the solver's; the ones between are a cascade's stages
 
 
 def start_latents(
@@ -20,22 +22,67 @@ def start_latents(
     kernels: str,
 ) -> torch.Tensor:
     """The latents [B, *shape] fp32 at which the order's images enter the schedule."""
+    rows, row_a, row_b = _gather(bank, "latent", order.images, shape)
+    weights = mix_weights(order.images, rows, row_a, row_b)
+    return _mix(rows, row_a, row_b, weights, order, _LATENT_STREAM, seed=seed, device=device, kernels=kernels)
+
+
+def row_conditioning(
+    bank: LatentBank, order: OrderBatch, *, seed: int, device: torch.device, kernels: str
+) -> dict[str, torch.Tensor]:
+    """The bank's other tensors mixed by `cond_w`, by name [B, ...] fp32, and "null.NAME", the bank's mean [...].
+
+    Empty unless the orders are conditioned on bank rows (template -1). The mean as the unconditional vector is
+    Diffusion Inversion's (Zhou et al. 2023).
+    """
     images = order.images
+    found: dict[str, torch.Tensor] = {}
+    if not (images["template"] < 0).all():
+        return found
+    names = [name for name in bank.tensor_names if name != "latent"]
+    for stream, name in enumerate(names, start=_CONDITIONING_STREAM):
+        rows, row_a, row_b = _gather(bank, name, images, None)
+        weights = images["cond_w"].astype(np.float32)
+        found[name] = _mix(rows, row_a, row_b, weights, order, stream, seed=seed, device=device, kernels=kernels)
+        found[f"null.{name}"] = bank.mean(name).to(device)
+    return found
+
+
+def _gather(
+    bank: LatentBank, name: str, images: np.ndarray, shape: tuple[int, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows that the orders name, each once [n, ...], and where a and b are among them, int64 [B] (-1: none)."""
     used, inverse = np.unique(np.stack([images["row_a"], images["row_b"]]), return_inverse=True)
     inverse = inverse.reshape(2, -1)
     # np.unique sorts, so a missing row (-1) comes first: leave it out and let the others move down.
     missing = int(used[0] == -1)
-    rows = bank.gather("latent", used[missing:]) if len(used) > missing else torch.zeros((1, *shape))
+    if len(used) == missing and shape is None:
+        raise BankError("a recipe conditioned on inverted embeddings needs anchors: use 'noise' or 'interpolate'")
+    rows = bank.gather(name, used[missing:]) if len(used) > missing else torch.zeros((1, *(shape or ())))
     row_a, row_b = (torch.from_numpy(part.astype(np.int64) - missing) for part in inverse)
-    weights = torch.from_numpy(mix_weights(images, rows, row_a, row_b))
+    return rows, row_a, row_b
+
+
+def _mix(
+    rows: torch.Tensor,
+    row_a: torch.Tensor,
+    row_b: torch.Tensor,
+    weights: np.ndarray,
+    order: OrderBatch,
+    stream: int,
+    *,
+    seed: int,
+    device: torch.device,
+    kernels: str,
+) -> torch.Tensor:
     return perturb(
         rows.to(device),
         row_a.to(device),
         row_b.to(device),
-        weights.to(device),
-        torch.from_numpy(images["id"].copy()).to(device),
+        torch.from_numpy(weights).to(device),
+        torch.from_numpy(order.images["id"].copy()).to(device),
         seed=seed,
-        stream=_PERTURB_STREAM,
+        stream=stream,
         dtype=torch.float32,
         backend=kernels,
     )

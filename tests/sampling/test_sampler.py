@@ -14,7 +14,8 @@ from diffusers import (
 from streamaug.errors import ModelError, UsageError
 from streamaug.orders import ORDER_DTYPE, OrderBatch
 from streamaug.sampling import sampler as sampler_module
-from streamaug.sampling.denoisers import UNet2D
+from streamaug.sampling.denoisers import LoadSettings
+from streamaug.sampling.denoisers.unet2d import UNet2D
 from streamaug.sampling.guidance import classifier_shift
 from streamaug.sampling.sampler import Sampler
 
@@ -46,7 +47,7 @@ UNCONDITIONAL, CONDITIONAL = unet(), unet(5)
 
 
 def adapter(model, null_class=None) -> UNet2D:
-    return UNet2D(model, null_class=null_class, device=torch.device("cpu"), channels_last=False)
+    return UNet2D(model, None, LoadSettings(torch.device("cpu"), channels_last=False, null_class=null_class))
 
 
 def orders(batch_size, *, start=0, guidance=1.0, classifier_guidance=0.0, first_id=0) -> OrderBatch:

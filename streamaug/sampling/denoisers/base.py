@@ -1,0 +1,228 @@
+"""What every family's adapter shares: what is known of a model folder, how weights are read, how the network is run."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from streamaug.errors import ModelError, nearest
+from streamaug.orders import OrderBatch
+
+Conditioning = dict[str, torch.Tensor]
+"""What the network is told besides latent and timestep; every first axis is B, or 2B with the unconditional half
+first. The keys are the family's own."""
+
+Rows = Mapping[str, torch.Tensor]
+"""An order batch's mixed bank rows, tensors other than the latent [B, ...], by name (`latents.row_conditioning`)."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What can be known of a model folder without reading its weights.
+
+    family: the key in FAMILIES; pipeline: the class in model_index.json; image_shape: (C, H, W) of the images it
+    makes; latent_shape: (c, h, w) of what the sampler works on; conditioning: what a label becomes; num_classes: how
+    many class embeddings, 0 when it has none; null_class: the label that means "no class", if the model itself says;
+    guidance: "cfg" takes two halves, "embedded" takes the scale as an input, "none" knows no condition to leave out;
+    digest: hash of configuration and weights.
+    """
+
+    path: Path
+    family: str
+    pipeline: str
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
+    conditioning: Literal["none", "class", "prompt"]
+    num_classes: int
+    null_class: int | None
+    guidance: Literal["none", "cfg", "embedded"]
+    digest: str
+
+    @property
+    def pixels(self) -> bool:
+        """Whether the latent is the image itself."""
+        return self.latent_shape == self.image_shape
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a model is run: what `Denoiser.load` needs besides its folder.
+
+    prompts: the file of encoded prompts (`conditioning.encode_prompts`), for families that take one; null_class: the
+    label that means "no class", where the model has one; tiny_vae: folder of an AutoencoderTiny that decodes instead
+    of the model's own autoencoder; variant: "fp16" reads diffusion_pytorch_model.fp16.safetensors.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = True
+    compile: bool = False
+    null_class: int | None = None
+    prompts: Path | None = None
+    tiny_vae: Path | None = None
+    variant: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Denoiser:
+    """An adapter between a diffusers network and the sampler. A family subclasses it in a file of its own.
+
+    network: the diffusers module; learned_variance: whether the output has twice the latent's channels, the second
+    half a variance.
+    """
+
+    learned_variance: ClassVar[bool] = False
+
+    def __init__(self, network: Any, info: ModelInfo | None, settings: LoadSettings):
+        network = network.to(settings.device).eval().requires_grad_(False)
+        if settings.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        if settings.compile:
+            network.compile()
+        self.network, self.info, self.settings = network, info, settings
+        self.device, self.dtype = settings.device, network.dtype
+
+    @property
+    def guidance(self) -> Literal["none", "cfg", "embedded"]:
+        assert self.info is not None
+        return self.info.guidance
+
+    def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
+        """What this batch's images are conditioned on: [B, ...], or [2B, ...] when guided."""
+        raise NotImplementedError
+
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The network's output for x [n, c, h, w] in `dtype` and timestep fp32 []; [n, c or 2c, h, w]."""
+        raise NotImplementedError
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, c, h, w] to images [B, C, H, W] in [-1, 1]; the same for a pixel model."""
+        return latents
+
+
+def conditional_half(conditioning: Conditioning) -> Conditioning:
+    """The second half of a guided conditioning: what an unguided evaluation of the same images takes."""
+    return {name: value[len(value) // 2 :] for name, value in conditioning.items()}
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a model folder. Raises ModelError when the folder is none of diffusers'."""
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; model.path is a folder saved by a diffusers pipeline")
+    try:
+        content = json.loads((path / name).read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, found a {type(content).__name__}")
+        return content
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: no {name}, so this is not a diffusers model folder (one saved by pipeline.save_pretrained)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / name}: cannot be read: {error}") from None
+
+
+def weight_files(path: Path, component: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files of one component, shards included. Raises ModelError when there are none."""
+    stems = {
+        file: file.name.removesuffix(".safetensors")
+        for file in sorted((path / component).glob("*.safetensors"))
+        if file.name.startswith(("diffusion_pytorch_model", "model"))
+    }
+    if variant:
+        found = [file for file, stem in stems.items() if f".{variant}" in stem]
+    else:
+        found = [file for file, stem in stems.items() if "." not in stem]
+    if not found:
+        variants = sorted({stem.partition(".")[2].partition("-")[0] for stem in stems.values() if "." in stem})
+        hint = f"; set model.variant to one of: {', '.join(variants)}" if variants else ""
+        infix = f".{variant}" if variant else ""
+        raise ModelError(
+            f"{path}: no {component}/diffusion_pytorch_model{infix}.safetensors; weights are read from safetensors "
+            f"only{hint}"
+        )
+    return found
+
+
+def digest_of(path: Path, components: Sequence[str], variant: str | None = None) -> str:
+    """Hash of the configuration and weights of the named components and of the scheduler's configuration."""
+    digest = hashlib.sha256()
+    files = [path / "scheduler" / "scheduler_config.json"]
+    for component in components:
+        files += [path / component / "config.json", *weight_files(path, component, variant)]
+    for each in files:
+        try:
+            with open(each, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ModelError(f"{each}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16]
+
+
+def square(path: Path, name: str, value: Any) -> tuple[int, int]:
+    """A configuration's size, an int or [height, width], as (height, width). Raises ModelError for anything else."""
+    sides = [value, value] if isinstance(value, int) else value
+    if not (isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) for side in sides)):
+        raise ModelError(
+            f"{path}: {name} has sample_size {value!r}, so the image size is unknown; "
+            "set it there to the image's side in pixels, or to [height, width]"
+        )
+    return sides[0], sides[1]
+
+
+def multiple_of(path: Path, size: int, multiple: int) -> int:
+    """The size itself. Raises ModelError naming the nearest size when it is no multiple of what the model needs."""
+    if size % multiple:
+        below, above = size // multiple * multiple, (size // multiple + 1) * multiple
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ModelError(
+            f"{path}: this model makes images whose sides are multiples of {multiple}, data.image_size is {size}; "
+            f"the nearest that works: {near}"
+        )
+    return size
+
+
+def load_network(cls: Any, info: ModelInfo, component: str, *, dtype: torch.dtype, variant: str | None = None) -> Any:
+    """One component's weights as a diffusers module; raises ModelError when they do not fit or are not finite."""
+    try:
+        network, loading = cls.from_pretrained(
+            info.path / component,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{info.path}: the weights cannot be loaded (truncated, or of another architecture than "
+            f"{component}/config.json): {error}"
+        ) from None
+    missing = loading["missing_keys"]
+    if missing:
+        raise ModelError(
+            f"{info.path}: {len(missing)} tensors that {component}/config.json asks for are not among the weights, "
+            f"first {missing[0]}; save the model again with pipeline.save_pretrained"
+        )
+    broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ModelError(f"{info.path}: weights with NaN or infinity, first in {broken[0]} ({len(broken)} tensors)")
+    return network
+
+
+def load_scheduler(path: Path) -> Any:
+    """The scheduler object a model folder was saved with."""
+    import diffusers
+
+    name = read_json(path, "scheduler/scheduler_config.json").get("_class_name", "")
+    known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+    if name not in known:
+        raise ModelError(f"{path}: the scheduler {name!r} is not one of diffusers'{nearest(str(name), known)}")
+    try:
+        return getattr(diffusers, name).from_pretrained(path / "scheduler")
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{path}: the scheduler {name} cannot be made from its configuration: {error}") from None
