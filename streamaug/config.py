@@ -151,6 +151,8 @@ class JudgeConfig(Section):
     weights: ConfigPath | None = None  # safetensors; null fits the classifier on the labelled images
     steps: Annotated[int, Field(ge=1)] = 300
     lr: Annotated[float, Field(gt=0)] = 2e-3
+    features: bool = False  # average it with a linear probe on the denoiser's own features
+    feature_timestep: Annotated[float, Field(ge=0)] = 200  # the timestep at which the denoiser reads an image for that
     rule: Literal["auto", "fixed", "calibrated"] = "auto"  # auto: fixed below 10 images a class
     top_k: Annotated[int, Field(ge=1)] = 3
     floor: Fraction = 0.2  # fixed rule: an unsure judge must give the label at least this

@@ -17,6 +17,7 @@ from streamaug.bank import LatentBank
 from streamaug.config import Config
 from streamaug.errors import ConfigError
 from streamaug.filtering.calibration import build_judge
+from streamaug.filtering.features import Features
 from streamaug.filtering.judge import Judge, score_unjudged, unpack_state
 from streamaug.kernels.emit import emit
 from streamaug.orders import OrderBatch
@@ -132,7 +133,8 @@ def build(options: dict[str, Any]) -> Engine:
     )
     judge = None
     if config.judge.enabled:
-        judge = build_judge(config, options["num_classes"]).to(device).requires_grad_(False)
+        features = Features(denoiser, config.judge.feature_timestep) if config.judge.features else None
+        judge = build_judge(config, options["num_classes"], features).to(device).requires_grad_(False)
     seed, kernels = config.seed, config.stream.kernels
     sampler = Sampler(
         denoiser,

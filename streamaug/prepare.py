@@ -17,13 +17,14 @@ from streamaug.config import Config
 from streamaug.data import ImageSet, Splits, load_splits
 from streamaug.engine import resolve_device
 from streamaug.errors import ConfigError, MismatchError, ModelError
-from streamaug.filtering.calibration import build_judge, calibrate, fit_judge
+from streamaug.filtering.calibration import build_judge, calibrate, fit_judge, fit_probe
+from streamaug.filtering.features import Features, Probed
 from streamaug.filtering.judge import Judge, pack_state
 from streamaug.inversion.encode import invert
 from streamaug.orders import Planner
 from streamaug.prior import prior_digest, train_prior
 from streamaug.sampling.conditioning import encode_prompts
-from streamaug.sampling.denoisers import FAMILIES, ModelInfo, inspect, load_scheduler
+from streamaug.sampling.denoisers import FAMILIES, LoadSettings, ModelInfo, inspect, load, load_scheduler
 from streamaug.sampling.solver import make_scheduler, schedule_of, solver_table
 from streamaug.training.classifiers import build_classifier
 
@@ -60,6 +61,7 @@ class Prepared:
     judge: Judge | None
     planner: Planner
     prompts: Path | None = None  # the encoded prompts, for families that take them
+    features: Features | None = None  # what a judge with `judge.features` is fitted on
 
     engine = ENGINE
 
@@ -122,10 +124,14 @@ def prepare(
     solver_table(scheduler, config.model.steps)
     prompts = _prompts(config, model, labelled, progress)
     bank = _bank(config, model, labelled, progress)
-    judge = None
+    judge, features = None, None
     if config.judge.enabled:
         progress.phase("fitting the judge")
-        judge = make_judge(config, labelled, config.seed) if with_judge else build_judge(config, len(bank.class_names))
+        features = judge_features(config, model)
+        if with_judge:
+            judge = make_judge(config, labelled, config.seed, features)
+        else:
+            judge = build_judge(config, len(bank.class_names), features)
     planner = Planner(
         bank.labels,
         len(bank.class_names),
@@ -135,7 +141,7 @@ def prepare(
         config.seed,
         templates=len(config.model.prompts) if prompts is not None else 1,
     )
-    return Prepared(config, splits, labelled, model, bank, judge, planner, prompts)
+    return Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)
 
 
 def find_model(config: Config, splits: Splits, *, progress: Progress, fresh: bool = False) -> ModelInfo:
@@ -193,14 +199,26 @@ def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
             raise ConfigError(f"{where}.classifier_guidance needs the judge: set judge.enabled to true")
 
 
-def make_judge(config: Config, labelled: ImageSet, seed: int) -> Judge:
+def judge_features(config: Config, model: ModelInfo) -> Features | None:
+    """The denoiser's features, when `judge.features` asks for them. Raises ConfigError for a family without."""
+    if not config.judge.features:
+        return None
+    if not hasattr(FAMILIES[model.family], "FEATURES"):
+        having = [name for name, family in FAMILIES.items() if hasattr(family, "FEATURES")]
+        raise ConfigError(f"judge.features: {model.family} gives none; accepted are models of: {', '.join(having)}")
+    settings = LoadSettings(resolve_device(config.model.device), variant=config.model.variant)
+    return Features(load(model, settings), config.judge.feature_timestep)
+
+
+def make_judge(config: Config, labelled: ImageSet, seed: int, features: Features | None = None) -> Judge:
     """The judge with the user's weights, or fitted on the labelled images."""
     if config.judge.weights is None:
-        return fit_judge(config, labelled, seed)
-    judge = build_judge(config, len(labelled.class_names))
+        return fit_judge(config, labelled, seed, features)
+    judge = build_judge(config, len(labelled.class_names), features)
+    pixels = judge.classifier.classifier if isinstance(judge.classifier, Probed) else judge.classifier
     path = config.judge.weights
     try:
-        judge.classifier.load_state_dict(load_file(path))
+        pixels.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"judge.weights {path}: cannot be read as safetensors: {error}") from None
     except RuntimeError as error:
@@ -208,6 +226,7 @@ def make_judge(config: Config, labelled: ImageSet, seed: int) -> Judge:
     broken = [name for name, value in judge.state_dict().items() if not torch.isfinite(value.float()).all()]
     if broken:
         raise ModelError(f"judge.weights {path}: NaN or infinity in {', '.join(broken)}")
+    fit_probe(config, judge, labelled, seed)
     calibrate(judge, labelled, config)
     return judge
 

@@ -121,7 +121,7 @@ def run_demo(
             judge_began = time.monotonic()
             if config.judge.enabled:
                 view.phase(f"seed {position + 1} of {len(seeds)}: fitting the judge")
-                judge = fit_judge(config, draws.of_seed(position), seed)
+                judge = fit_judge(config, draws.of_seed(position), seed, prepared.features)
             stream.replan(
                 row_weights=draws.row_weights(position),
                 judge_state=None if judge is None else pack_state(judge),

@@ -76,7 +76,7 @@ def tune(config: Config, *, seeds: int, shots: int, skip: int = 0) -> dict[str, 
         reached = []
         with Stream.from_prepared(prepared) as stream:
             for at, seed in enumerate(numbers):
-                judge = pack_state(fit_judge(tried, draws.of_seed(at), seed))
+                judge = pack_state(fit_judge(tried, draws.of_seed(at), seed, prepared.features))
                 stream.replan(row_weights=draws.row_weights(at), judge_state=judge, first_k=at << 32)
                 result = run_arm(tried, tried.train, draws.of_seed(at), validation, seed=seed, stream=stream)
                 reached.append(result.accuracy)

@@ -5,6 +5,7 @@ import torch
 
 from streamaug.config import Config
 from streamaug.data import ImageSet
+from streamaug.filtering.features import Features, Probed
 from streamaug.filtering.judge import Judge
 from streamaug.training.classifiers import build_classifier
 from streamaug.training.trainer import train
@@ -12,26 +13,40 @@ from streamaug.training.trainer import train
 FEW_IMAGES = 10  # below this many images a class, quantiles mean nothing and the fixed rule is used
 
 
-def build_judge(config: Config, num_classes: int) -> Judge:
-    """The judge's architecture with random weights and the fixed rule's thresholds."""
+def build_judge(config: Config, num_classes: int, features: Features | None = None) -> Judge:
+    """The judge's architecture with random weights and the fixed rule's thresholds.
+
+    features: the denoiser's, when `judge.features` asks for a probe on them.
+    """
     classifier = build_classifier(
         config.judge.classifier,
         channels=config.data.channels,
         image_size=config.data.image_size,
         num_classes=num_classes,
     )
+    if features is not None:
+        classifier = Probed(classifier, features, num_classes)
     return Judge(classifier, num_classes, config.judge).eval()
 
 
-def fit_judge(config: Config, labelled: ImageSet, seed: int) -> Judge:
+def fit_judge(config: Config, labelled: ImageSet, seed: int, features: Features | None = None) -> Judge:
     """Train the judge on labelled images and calibrate it: same arguments, same judge, bit for bit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = build_judge(config, len(labelled.class_names))
+        judge = build_judge(config, len(labelled.class_names), features)
+        pixels = judge.classifier.classifier if isinstance(judge.classifier, Probed) else judge.classifier
         settings = config.train.model_copy(update={"steps": config.judge.steps, "lr": config.judge.lr})
-        train(judge.classifier, _batches(labelled, settings.batch_size, seed), settings, seed=seed)
+        train(pixels, _batches(labelled, settings.batch_size, seed), settings, seed=seed)
+        fit_probe(config, judge, labelled, seed)
     calibrate(judge.eval(), labelled, config)
     return judge
+
+
+def fit_probe(config: Config, judge: Judge, labelled: ImageSet, seed: int) -> None:
+    """Fit the probe on the denoiser's features, if the judge has one."""
+    if isinstance(judge.classifier, Probed):
+        images, labels = torch.from_numpy(labelled.images).float() / 255, torch.from_numpy(labelled.labels)
+        judge.classifier.fit_probe(images, labels, config.train.augment, seed)
 
 
 def calibrate(judge: Judge, labelled: ImageSet, config: Config) -> None:

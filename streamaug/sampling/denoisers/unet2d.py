@@ -1,10 +1,12 @@
 """UNet2DModel: pixels, unconditional or with a class label (DDPM, DDIM, score-based and consistency pipelines)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from streamaug.errors import ModelError
 from streamaug.orders import OrderBatch
@@ -22,6 +24,8 @@ from streamaug.sampling.denoisers.base import (
 
 FAMILY = "UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline")
+FEATURES = True  # `UNet2D.features`
+_FEATURE_SIDE = 4
 
 
 def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: str | None) -> ModelInfo:
@@ -77,3 +81,41 @@ class UNet2D(Denoiser):
 
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self.network(x, timestep, class_labels=conditioning.get("class_labels"), return_dict=False)[0]
+
+    @property
+    def feature_size(self) -> int:
+        """How many features `features` returns for an image."""
+        config = self.network.config
+        _, height, width = self.info.latent_shape if self.info else (0, config.sample_size, config.sample_size)
+        halvings = len(config.block_out_channels) - 1
+        sides = (min(_FEATURE_SIDE, -(-side // 2**halvings)) for side in (height, width))
+        return config.block_out_channels[-1] * math.prod(sides)
+
+    def features(self, images: torch.Tensor, timestep: float) -> torch.Tensor:
+        """The middle block's output for images [B, C, H, W] in [-1, 1], pooled to at most 4x4: [B, feature_size]."""
+        found: list[torch.Tensor] = []
+
+        def keep(module: Any, given: Any, output: torch.Tensor) -> None:
+            found.append(output)
+            raise _Reached
+
+        hook = self.network.mid_block.register_forward_hook(keep)
+        try:
+            # Uncompiled: the upper half of the network is not run.
+            self.network.forward(images.to(self.dtype), timestep, class_labels=self._any_class(len(images)))
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        side = min(_FEATURE_SIDE, *found[0].shape[2:])
+        return F.adaptive_avg_pool2d(found[0], side).flatten(1)
+
+    def _any_class(self, size: int) -> torch.Tensor | None:
+        """The null class, or class 0, for a network that must be told one."""
+        if self.guidance == "none":
+            return None
+        return torch.full((size,), self.settings.null_class or 0, device=self.device)
+
+
+class _Reached(Exception):
+    """The features are there: leave the forward pass."""

@@ -1,0 +1,78 @@
+"""A linear probe on the generator's own features, averaged with the judge's classifier.
+
+The generator has seen far more images than are labelled, and the middle of its network tells classes apart: diffusion
+models are self-supervised learners (Baranchuk et al. 2022, "Label-Efficient Semantic Segmentation with Diffusion
+Models"; Xiang et al. 2023, "Denoising Diffusion Autoencoders are Unified Self-supervised Learners").
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from streamaug.config import AugmentConfig
+from streamaug.sampling.denoisers.base import Denoiser
+from streamaug.training.augment import augment
+
+_AUGMENTED = 20  # augmented copies of the labelled images that the probe is fitted on
+_STEPS, _BATCH, _LR, _WEIGHT_DECAY, _LABEL_SMOOTHING = 200, 128, 2e-3, 0.1, 0.1
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the denoiser makes of an image [B, C, H, W] in [0, 1] at a timestep: fp32 [B, size]."""
+
+    denoiser: Denoiser
+    timestep: float
+
+    @property
+    def size(self) -> int:
+        return self.denoiser.feature_size
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.denoiser.features(images * 2 - 1, self.timestep).float()
+
+
+class Probed(nn.Module):
+    """A classifier whose probabilities are averaged with those of a linear probe on the denoiser's features.
+
+    Takes images [B, C, H, W] in [0, 1], returns log-probabilities [B, num_classes]. The denoiser is no part of its
+    state; a gradient flows through the classifier alone.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, classifier: nn.Module, features: Features, num_classes: int):
+        super().__init__()
+        self.classifier = classifier
+        self.features = features
+        self.probe = nn.Linear(features.size, num_classes)
+        self.register_buffer("mean", torch.zeros(features.size))
+        self.register_buffer("std", torch.ones(features.size))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        probe = self.probe((self.features(images) - self.mean) / self.std)
+        mean = torch.softmax(self.classifier(images).float(), 1) + torch.softmax(probe, 1)
+        return torch.log(mean / 2)
+
+    def fit_probe(self, images: torch.Tensor, labels: torch.Tensor, config: AugmentConfig, seed: int) -> None:
+        """Fit the probe on augmented copies of images [N, C, H, W] in [0, 1]: same arguments, same probe."""
+        random = torch.Generator().manual_seed(seed)
+        copies = [images, *(augment(images, config, random) for _ in range(_AUGMENTED))]
+        found = torch.cat([self.features(each) for each in copies])
+        targets = labels.repeat(len(copies))
+        self.mean.copy_(found.mean(0))
+        self.std.copy_(found.std(0) + 1e-3)
+        found = (found - self.mean) / self.std
+        nn.init.zeros_(self.probe.weight)
+        nn.init.zeros_(self.probe.bias)
+        optimizer = torch.optim.AdamW(self.probe.parameters(), lr=_LR, weight_decay=_WEIGHT_DECAY)
+        for _ in range(_STEPS):
+            chosen = torch.randint(len(found), (_BATCH,), generator=random)
+            loss = F.cross_entropy(self.probe(found[chosen]), targets[chosen], label_smoothing=_LABEL_SMOOTHING)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
