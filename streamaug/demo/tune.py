@@ -27,50 +27,65 @@ from streamaug.stream import Stream
 
 FIRST_SEED = 10_000  # reports count from config.seed, so these labelled draws are never reported
 
-# What is tried, as `--set` would say it: as many trials for one arm as for the other.
+# What is tried, as `--set` would say it. What both arms share is chosen by what is best for real images alone, then
+# each arm has as many trials of its own.
+SHARED_TRIALS = [
+    ["train.classifier=small_cnn"],
+    ["train.classifier=small_cnn_pooled"],
+    ["train.augment.shift=0.1"],
+    ["train.augment.shift=0.25"],
+    ["train.augment.rotation=20"],
+]
 REAL_ONLY_TRIALS = [
-    ["demo.real_only.lr=0.001"],
-    ["demo.real_only.lr=0.002"],
-    ["demo.real_only.lr=0.005"],
+    ["demo.real_only.label_smoothing=0"],
+    ["demo.real_only.label_smoothing=0.1"],
     ["demo.real_only.label_smoothing=0.2"],
     ["demo.real_only.label_smoothing=0.3"],
-    ["demo.real_only.label_smoothing=0.2", "demo.real_only.lr=0.001"],
-    ["demo.real_only.label_smoothing=0.2", "demo.real_only.lr=0.005"],
-    ["demo.real_only.label_smoothing=0.2", "demo.real_only.weight_decay=0.1"],
+    ["demo.real_only.label_smoothing=0.4"],
+    ["demo.real_only.label_smoothing=0.3", "demo.real_only.lr=0.001"],
+    ["demo.real_only.label_smoothing=0.3", "demo.real_only.lr=0.004"],
+    ["demo.real_only.label_smoothing=0.3", "demo.real_only.weight_decay=0.1"],
 ]
-_NOISE = "recipes=[{kind: noise, depth: [0.25, 0.5]}]"
-_DEEPER = "recipes=[{kind: noise, depth: [0.35, 0.65]}]"
-_PAIRS = "recipes=[{kind: interpolate, depth: [0.25, 0.5]}]"
-_DEEPER_PAIRS = "recipes=[{kind: interpolate, depth: [0.35, 0.65]}]"
-_BOTH = "recipes=[{kind: noise, depth: [0.25, 0.5]}, {kind: interpolate, depth: [0.35, 0.65]}]"
+
+
+def _noise(low: float, high: float) -> str:
+    return f"recipes=[{{kind: noise, depth: [{low}, {high}]}}]"
+
+
+_SMOOTH = "train.label_smoothing=0.2"
+_SURE = "judge.min_score=0.6"
 STREAM_TRIALS = [
-    [_NOISE],
-    [_DEEPER],
-    [_PAIRS],
-    [_DEEPER_PAIRS],
-    [_BOTH],
-    [_NOISE, "train.label_smoothing=0.2"],
-    [_BOTH, "train.label_smoothing=0.2"],
-    ["recipes=[{kind: noise, depth: [0.25, 0.625]}]", "train.label_smoothing=0.2", "judge.min_score=0.6"],
+    [_noise(0.25, 0.5), _SMOOTH, "judge.min_score=0", "judge.features=false"],
+    [_noise(0.25, 0.5), _SMOOTH, "judge.min_score=0"],
+    [_noise(0.25, 0.75), _SMOOTH, "judge.min_score=0.5"],
+    [_noise(0.25, 0.75), _SMOOTH, _SURE],
+    [_noise(0.42, 0.9), _SMOOTH, _SURE],
+    [_noise(0.25, 0.75), "train.label_smoothing=0.1", _SURE],
+    [_noise(0.25, 0.75), "train.label_smoothing=0.3", _SURE],
+    ["recipes=[{kind: interpolate, depth: [0.25, 0.75]}]", _SMOOTH, _SURE],
 ]
 
 
-def tune(config: Config, *, seeds: int, shots: int, skip: int = 0) -> dict[str, Any]:
-    """Validation accuracy of both arms' trials, from number `skip` on: fractions, one per seed."""
+def tune(config: Config, *, seeds: int, shots: int) -> dict[str, Any]:
+    """Validation accuracy of every trial: fractions, one per seed; and the best of each group."""
     config = _with(config, [f"data.shots={shots}"])
     numbers = [FIRST_SEED + i for i in range(seeds)]
     draws = LabelledDraws.of(config, numbers)
     with PlainView() as view:
         validation = prepare(config, progress=view, labelled=draws.union, with_judge=False).splits.validation
-    real_only, stream_trials = [], []
-    for trial in REAL_ONLY_TRIALS[skip:]:
-        settings = for_arm(config.train, _with(config, trial).demo.real_only)
-        reached = [
-            run_arm(config, settings, draws.of_seed(at), validation, seed=seed).accuracy
-            for at, seed in enumerate(numbers)
-        ]
-        real_only.append(_entry(trial, reached))
-    for trial in STREAM_TRIALS[skip:]:
+
+    def real_only(trial: list[str]) -> dict[str, Any]:
+        tried = _with(config, trial)
+        settings = for_arm(tried.train, tried.demo.real_only)
+        return _entry(
+            trial,
+            [
+                run_arm(tried, settings, draws.of_seed(at), validation, seed=seed).accuracy
+                for at, seed in enumerate(numbers)
+            ],
+        )
+
+    def stream(trial: list[str]) -> dict[str, Any]:
         tried = _with(config, trial)
         prepared = prepare(tried, labelled=draws.union, with_judge=False)
         reached = []
@@ -81,8 +96,19 @@ def tune(config: Config, *, seeds: int, shots: int, skip: int = 0) -> dict[str, 
                 result = run_arm(tried, tried.train, draws.of_seed(at), validation, seed=seed, stream=stream)
                 reached.append(result.accuracy)
             acceptance = stream.stats().acceptance
-        stream_trials.append(_entry(trial, reached) | {"acceptance": round(acceptance, 4)})
-    return {"real_only": real_only, "stream": stream_trials}
+        return _entry(trial, reached) | {"acceptance": round(acceptance, 4)}
+
+    shared = [real_only(trial) for trial in SHARED_TRIALS]
+    config = _with(config, _best(shared))
+    alone = [real_only(trial) for trial in REAL_ONLY_TRIALS]
+    mixed = [stream(trial) for trial in STREAM_TRIALS]
+    best = {"shared": _best(shared), "real_only": _best(alone), "stream": _best(mixed)}
+    return {"shared": shared, "real_only": alone, "stream": mixed, "best": best}
+
+
+def _best(entries: list[dict[str, Any]]) -> list[str]:
+    """The settings of the trial with the highest mean, the first of equals."""
+    return max(entries, key=lambda entry: entry["accuracy_mean"])["set"]
 
 
 def _with(config: Config, overrides: list[str]) -> Config:
@@ -102,9 +128,8 @@ def _entry(trial: list[str], reached: list[float]) -> dict[str, Any]:
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled configuration.")] = "digits",
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("tuning.json"),
-    seeds: Annotated[int, typer.Option(help="Labelled draws per trial.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Labelled draws per trial.")] = 5,
     shots: Annotated[list[int] | None, typer.Option(help="Labelled images per class.")] = None,
-    skip: Annotated[int, typer.Option(help="Begin at this trial, for going on with an earlier run.")] = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:
     """Try every setting of both arms on the validation split and write the accuracies."""
@@ -117,8 +142,8 @@ def main(
         "hardware": hardware(),
         "config": settings.model_dump(mode="json"),
     }
-    for count in shots or [3, 1]:
-        report[f"shots_{count}"] = tune(settings, seeds=seeds, shots=count, skip=skip)
+    for count in shots or [settings.data.shots or 3]:
+        report[f"shots_{count}"] = tune(settings, seeds=seeds, shots=count)
         report["seconds"] = round(time.monotonic() - began, 1)
         write_json(report, out)
 

@@ -1,6 +1,7 @@
 """Classifiers by name: a small CNN for small images, and torchvision's models."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,16 +12,20 @@ from streamaug.errors import ConfigError, nearest
 class SmallCNN(nn.Module):
     """Convolution blocks that halve the image down to 4x4, then one linear layer; images [B, C, H, W] in [0, 1].
 
-    29 k parameters at 8x8, 261 k at 28x28. The last map is flattened, not averaged: where a stroke is matters.
+    29 k parameters at 8x8, 261 k at 28x28. The last map is flattened, because where a stroke is matters; `pooled`
+    averages it.
     """
 
-    def __init__(self, channels: int, image_size: int, num_classes: int, width: int = 32):
+    def __init__(self, channels: int, image_size: int, num_classes: int, *, width: int = 32, pooled: bool = False):
         super().__init__()
         layers: list[nn.Module] = [_block(channels, width)]
         side = image_size
         while side > 4:
             layers += [nn.MaxPool2d(2, ceil_mode=True), _block(width, min(2 * width, 128))]
             side, width = (side + 1) // 2, min(2 * width, 128)
+        if pooled:
+            layers.append(nn.AdaptiveAvgPool2d(1))
+            side = 1
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(width * side * side, num_classes))
 
@@ -34,13 +39,17 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-_OWN: dict[str, Callable[[int, int, int], nn.Module]] = {"small_cnn": SmallCNN}
+_OWN: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "small_cnn": SmallCNN,
+    "small_cnn_pooled": partial(SmallCNN, pooled=True),
+}
 
 
 def build_classifier(name: str, *, channels: int, image_size: int, num_classes: int) -> nn.Module:
     """A classifier with random weights: logits [B, num_classes] from images [B, C, H, W] in [0, 1].
 
-    `name` is "small_cnn" or a torchvision classification model. Raises ConfigError naming the nearest known one.
+    `name` is "small_cnn", "small_cnn_pooled" or a torchvision classification model. Raises ConfigError naming the
+    nearest known one.
     """
     if name in _OWN:
         return _OWN[name](channels, image_size, num_classes)

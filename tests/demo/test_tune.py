@@ -4,17 +4,18 @@ import pytest
 
 from streamaug.config import load
 from streamaug.demo.run import FULL_SEEDS, LabelledDraws
-from streamaug.demo.tune import FIRST_SEED, REAL_ONLY_TRIALS, STREAM_TRIALS, _with
+from streamaug.demo.tune import FIRST_SEED, REAL_ONLY_TRIALS, SHARED_TRIALS, STREAM_TRIALS, _with
 
 
 def test_both_arms_get_the_same_number_of_trials():
     assert len(REAL_ONLY_TRIALS) == len(STREAM_TRIALS)
 
 
-@pytest.mark.parametrize("trial", [*REAL_ONLY_TRIALS, *STREAM_TRIALS], ids=" ".join)
+@pytest.mark.parametrize("trial", [*SHARED_TRIALS, *REAL_ONLY_TRIALS, *STREAM_TRIALS], ids=" ".join)
 def test_every_trial_changes_the_configuration_it_is_tried_on(trial):
     config = load("digits")
-    reset = _with(config, ["recipes=[{kind: generate}]", "demo.real_only={lr: 7}", "train.label_smoothing=0"])
+    elsewhere = ["recipes=[{kind: generate}]", "demo.real_only={lr: 7}", "train.classifier=none", "judge={}"]
+    reset = _with(config, elsewhere)
     assert _with(reset, trial) != reset
 
 
