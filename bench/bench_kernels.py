@@ -97,7 +97,7 @@ class DdimSteps:
 def _formula(x, model_out, row, m0_out, net_in):
     """The step of `DdimSteps` as one expression, for the compiler to fuse."""
     row = row.view(BATCH, len(Column), *(1,) * (x.dim() - 1))
-    a, s, _, ce, c0, _, _, _, in_next, guidance = row.unbind(1)
+    a, s, _, ce, c0, _, _, _, in_next, guidance, *_ = row.unbind(1)
     unconditional, conditional = model_out.chunk(2)
     e = unconditional + guidance * (conditional - unconditional)
     m0 = (a * x + s * e).clamp(-1.0, 1.0)

@@ -2,10 +2,10 @@
 
     e  = u + guidance·(c - u)                  when guided, else the network's output
     m0 = clamp(a·x + s·e, ±clip)
-    x' = cx·x + ce·e + c0·m0 + c1·m1 + c2·m2 + cn·ξ
+    x' = cx·x + ce·e + c0·m0 + c1·m1 + c2·m2 + c3·m3 + c4·m4 + cn·ξ
     network input = in_next·x'
 
-m1 and m2 are the m0 of one and two evaluations ago. The coefficients come from a table on the device, indexed
+m1 to m4 are the m0 of one to four evaluations ago. The coefficients come from a table on the device, indexed
 by a counter on the device, so that one captured CUDA graph replays every step.
 """
 
@@ -17,7 +17,7 @@ from streamaug.kernels.philox import _normal4, check_ids, normal, pack_counter, 
 
 from streamaug.errors import UsageError
 
-HISTORY = 3  # slots of the history ring: m0, m1, m2
+HISTORY = 5  # slots of the history ring: m0, m1, ..., m4
 
 
 class Column(IntEnum):
@@ -33,6 +33,8 @@ class Column(IntEnum):
     CN = 7
     IN_NEXT = 8
     GUIDANCE = 9
+    C3 = 10
+    C4 = 11
 
 
 _ALWAYS = (Column.A, Column.S, Column.IN_NEXT, Column.GUIDANCE)
@@ -97,12 +99,12 @@ def step(
     model_out: any float dtype, [B, *shape], or [2B, *shape] when guided, the unconditional half first.
     coef: fp32 [E, B, len(Column)].
     index: int64 [1], the evaluation now, 0..E-1, at most 65535; not advanced.
-    history: fp32 [3, B, *shape], contiguous. m0 goes to slot index mod 3. A slot of weight 0 is not read.
+    history: fp32 [5, B, *shape], contiguous. m0 goes to slot index mod 5. A slot of weight 0 is not read.
     net_in: any float dtype, [B, *shape] or [2B, *shape] (gets the input twice), contiguous or channels_last.
     ids: int64 [B]; ξ is the normal of (seed, stream, step index, id), drawn only when `noisy`.
     clip: bound of m0, or None.
     columns: `used_columns(coef)`, kept as long as the table: the reference then skips the other columns, and
-        writes m0 only if one of C0, C1, C2 is used. Triton decides image by image.
+        writes m0 only if one of C0 to C4 is used. Triton decides image by image.
     The Triton kernel does not synchronise the device. Raises UsageError.
     """
     _check(x, model_out, coef, index, history, net_in, ids, guided)
@@ -207,29 +209,35 @@ def _reference(
         row = columns.row(evaluation, x.dim())
     else:
         row = _views(coef, evaluation, x.dim())
-    a, s, cx, ce, c0, c1, c2, cn, in_next, guidance = row
+    a, s, cx, ce, c0, c1, c2, cn, in_next, guidance, c3, c4 = row
     e = model_out = model_out.float()
     if guided:
-        unconditional, conditional = model_out.split(batch)
+        unconditional, conditional = model_out.chunk(2)
         e = torch.lerp(unconditional, conditional, guidance)
     m0 = history[evaluation % HISTORY]
-    if c0 is not None or c1 is not None or c2 is not None:
+    if c0 is not None or c1 is not None or c2 is not None or c3 is not None or c4 is not None:
         torch.mul(x, a, out=m0).addcmul_(e, s)
         if clip is not None:
             m0.clamp_(-clip, clip)
 
     if cx is not None:
         x.mul_(cx)
+        if ce is not None:
+            x.addcmul_(e, ce)
+    elif ce is not None:
+        torch.mul(e, ce, out=x)
     else:
         x.zero_()
-    if ce is not None:
-        x.addcmul_(e, ce)
     if c0 is not None:
         x.addcmul_(m0, c0)
     if c1 is not None:
         _add_live(x, history[(evaluation - 1) % HISTORY], c1)
     if c2 is not None:
         _add_live(x, history[(evaluation - 2) % HISTORY], c2)
+    if c3 is not None:
+        _add_live(x, history[(evaluation - 3) % HISTORY], c3)
+    if c4 is not None:
+        _add_live(x, history[(evaluation - 4) % HISTORY], c4)
     if noisy and cn is not None and cn.any():
         noise = normal(ids, x.shape[1:], seed=seed, stream=stream, step=evaluation, backend="torch")
         x.addcmul_(noise, cn)
@@ -237,7 +245,7 @@ def _reference(
     if net_in.shape[0] == batch:
         torch.mul(x, in_next, out=net_in)
     else:
-        first, second = net_in.split(batch)
+        first, second = net_in.chunk(2)
         second.copy_(torch.mul(x, in_next, out=first))
 
 
@@ -275,7 +283,7 @@ def _step_kernel(
     NOISY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Offsets are int64: history holds 3·B images.
+    # Offsets are int64: history holds 5·B images.
     image = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     elements = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -284,7 +292,7 @@ def _step_kernel(
     pixel = elements % pixels
 
     evaluation = tl.load(index)
-    row = coef + (evaluation * batch + image) * 10  # the columns are those of `Column`
+    row = coef + (evaluation * batch + image) * 12  # the columns are those of `Column`
     a = tl.load(row)
     s = tl.load(row + 1)
     cx = tl.load(row + 2)
@@ -294,6 +302,8 @@ def _step_kernel(
     c2 = tl.load(row + 6)
     cn = tl.load(row + 7)
     in_next = tl.load(row + 8)
+    c3 = tl.load(row + 10)
+    c4 = tl.load(row + 11)
 
     here = image * size + elements
     from_model = model_out + image * size + channel * out_channel_stride + pixel * out_pixel_stride
@@ -312,14 +322,18 @@ def _step_kernel(
     slot = batch * (image * 0 + size)
     inside1 = elements < tl.where(c1 != 0.0, size, 0)
     inside2 = elements < tl.where(c2 != 0.0, size, 0)
-    m1 = tl.load(history + (evaluation + 2) % 3 * slot + here, mask=inside1, other=0.0)
-    m2 = tl.load(history + (evaluation + 1) % 3 * slot + here, mask=inside2, other=0.0)
-    new = cx * old + ce * e + c0 * m0 + c1 * m1 + c2 * m2
+    inside3 = elements < tl.where(c3 != 0.0, size, 0)
+    inside4 = elements < tl.where(c4 != 0.0, size, 0)
+    m1 = tl.load(history + (evaluation + 4) % 5 * slot + here, mask=inside1, other=0.0)
+    m2 = tl.load(history + (evaluation + 3) % 5 * slot + here, mask=inside2, other=0.0)
+    m3 = tl.load(history + (evaluation + 2) % 5 * slot + here, mask=inside3, other=0.0)
+    m4 = tl.load(history + (evaluation + 1) % 5 * slot + here, mask=inside4, other=0.0)
+    new = cx * old + ce * e + c0 * m0 + c1 * m1 + c2 * m2 + c3 * m3 + c4 * m4
     if NOISY and cn != 0.0:
         blocks = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         new += cn * _normal4(seed, blocks, counter_word | evaluation, tl.load(ids + image))
 
-    tl.store(history + evaluation % 3 * slot + here, m0, mask=inside)
+    tl.store(history + evaluation % 5 * slot + here, m0, mask=inside)
     tl.store(x + here, new, mask=inside)
     to_net = net_in + image * size + channel * in_channel_stride + pixel * in_pixel_stride
     tl.store(to_net, in_next * new, mask=inside)

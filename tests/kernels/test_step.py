@@ -10,7 +10,7 @@ from streamaug.kernels.step import HISTORY, Column, step, used_columns
 
 from streamaug.errors import UsageError
 
-EVALUATIONS = 5
+EVALUATIONS = 7
 
 
 def expected_step(x, model_out, row, evaluation, history, ids, *, seed, stream, guided, clip, noisy):
@@ -23,7 +23,7 @@ def expected_step(x, model_out, row, evaluation, history, ids, *, seed, stream, 
     if clip is not None:
         m0 = m0.clamp(-clip, clip)
     new = column[Column.CX] * x.double() + column[Column.CE] * e + column[Column.C0] * m0
-    for age, c in ((1, Column.C1), (2, Column.C2)):
+    for age, c in enumerate((Column.C1, Column.C2, Column.C3, Column.C4), 1):
         past = history[(evaluation - age) % HISTORY].double()
         new += torch.where(column[c] == 0, 0.0, column[c] * past)
     if noisy:
@@ -38,8 +38,9 @@ def problem(batch, shape, guided, seed=0):
     x = torch.randn(batch, *shape, generator=g)
     outputs = torch.randn(EVALUATIONS, batch * (2 if guided else 1), *shape, generator=g)
     coef = torch.randn(EVALUATIONS, batch, len(Column), generator=g)
-    coef[0, :, [Column.C1, Column.C2]] = 0
-    coef[1, :, Column.C2] = 0
+    past = [Column.C1, Column.C2, Column.C3, Column.C4]
+    for evaluation in range(len(past)):
+        coef[evaluation, :, past[evaluation:]] = 0
     return x, outputs, coef, torch.full((HISTORY, batch, *shape), torch.nan)
 
 
@@ -70,7 +71,7 @@ def check_run(backend, device, batch, shape, *, guided, clip, noisy, dtype, twic
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("guided", [False, True])
-def test_five_evaluations_follow_the_formula(backend, device, dtype, guided):
+def test_every_evaluation_follows_the_formula(backend, device, dtype, guided):
     check_run(backend, device, 3, (1, 8, 8), guided=guided, clip=1.0, noisy=True, dtype=dtype, twice=guided)
 
 
@@ -78,6 +79,14 @@ def test_five_evaluations_follow_the_formula(backend, device, dtype, guided):
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_odd_shapes_follow_the_formula(backend, device, shape, clip):
     check_run(backend, device, 2, shape, guided=True, clip=clip, noisy=False, dtype=torch.float32, twice=False)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_next_input_is_doubled_or_not_whether_or_not_this_output_was_guided(backend, device, guided):
+    """At the ends of a guidance interval the batch of the network changes between two evaluations."""
+    check_run(
+        backend, device, 2, (1, 3, 3), guided=guided, clip=None, noisy=False, dtype=torch.float32, twice=not guided
+    )
 
 
 def test_channels_last_network_tensors_give_the_same_image(backend, device):
@@ -110,7 +119,7 @@ def test_each_image_may_have_its_own_zero_coefficients(backend, device):
     """Image 0 has no past and NaN in its history, image 1 has both."""
     x, outputs, coef, history = (t.to(device) for t in problem(2, (1, 3, 3), False))
     coef[0, 1, Column.C1] = 0.5
-    history[2, 1] = 2.0
+    history[HISTORY - 1, 1] = 2.0
     net_in, ids = torch.empty_like(x), torch.arange(2, device=device)
     index = torch.zeros(1, dtype=torch.int64, device=device)
     options = {"seed": 1, "stream": 1, "guided": False, "clip": None, "noisy": False}
@@ -196,7 +205,7 @@ def test_without_noise_coefficients_no_noise_is_drawn(monkeypatch):
         ({"model_out": torch.zeros(2, 4)}, r"model_out: expected \[4, 4\].*with guidance"),
         ({"net_in": torch.zeros(3, 4)}, "net_in: expected"),
         ({"history": torch.zeros(2, 2, 4)}, "history: expected"),
-        ({"coef": torch.zeros(5, 2, 9)}, r"coef: expected .*\[E, 2, 10\]"),
+        ({"coef": torch.zeros(5, 2, 9)}, r"coef: expected .*\[E, 2, 12\]"),
         ({"index": torch.zeros((), dtype=torch.int64)}, r"index: expected int64 \[1\]"),
         ({"ids": torch.arange(3)}, r"ids: expected"),
     ],
