@@ -10,6 +10,8 @@ import torch
 from streamaug.errors import ModelError
 from streamaug.sampling.denoisers.base import ModelInfo, load_network, read_json
 
+_PIXELS_AT_ONCE = 1 << 20  # encoded together: a few GiB of activations in fp32
+
 
 class Autoencoder:
     """Images [B, C, H, W] in [-1, 1] to scaled latents [B, c, h, w] and back, fp32 outside whatever runs inside.
@@ -17,8 +19,10 @@ class Autoencoder:
     Tiling and slicing stay off: images of a training resolution fit, and both cost time.
     """
 
-    def __init__(self, vae: Any, device: torch.device):
+    def __init__(self, vae: Any, device: torch.device, *, channels_last: bool = False):
         self.vae = vae.to(device).eval().requires_grad_(False)
+        if channels_last:
+            self.vae = self.vae.to(memory_format=torch.channels_last)
         config = vae.config
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
@@ -52,29 +56,50 @@ def load_autoencoder(
     dtype: torch.dtype,
     variant: str | None = None,
     tiny: Path | None = None,
+    channels_last: bool = False,
 ) -> Autoencoder:
     """The folder's `vae`, or the AutoencoderTiny in the folder `tiny`.
 
-    A KL autoencoder whose configuration says `force_upcast` overflows in fp16 and runs in fp32. Raises ModelError.
+    A KL autoencoder whose configuration says `force_upcast` overflows in fp16 and runs in fp32. Raises ModelError,
+    also for a tiny one of another latent or image shape than the model's.
     """
     import diffusers
 
     if tiny is not None:
-        name = read_json(tiny, "config.json").get("_class_name")
-        if name != "AutoencoderTiny":
-            raise ModelError(f"model.tiny_vae {tiny}: a {name}, expected an AutoencoderTiny")
-        try:
-            vae = diffusers.AutoencoderTiny.from_pretrained(tiny, torch_dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"model.tiny_vae {tiny}: cannot be loaded: {error}") from None
-        return Autoencoder(vae, device)
+        return Autoencoder(_load_tiny(info, tiny, dtype), device, channels_last=channels_last)
     name = read_json(info.path, "vae/config.json").get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ModelError(f"{info.path}: the autoencoder {name} is not supported; supported: AutoencoderKL")
+        raise ModelError(
+            f"{info.path}: the autoencoder {name} is not supported; supported: AutoencoderKL, AutoencoderTiny"
+        )
     vae = load_network(getattr(diffusers, name), info, "vae", dtype=dtype, variant=variant)
     if dtype == torch.float16 and vae.config.get("force_upcast"):
         vae = vae.to(torch.float32)
-    return Autoencoder(vae, device)
+    return Autoencoder(vae, device, channels_last=channels_last)
+
+
+def _load_tiny(info: ModelInfo, path: Path, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    config = read_json(path, "config.json")
+    name = config.get("_class_name")
+    if name != "AutoencoderTiny":
+        raise ModelError(
+            f"model.tiny_vae {path}: the folder of {name or 'no diffusers model'}, expected an AutoencoderTiny"
+        )
+    latent, image = info.latent_shape, info.image_shape
+    levels = len(config.get("decoder_block_out_channels", (64,) * 4))
+    made = (config.get("latent_channels", 4), config.get("out_channels", 3), 2 ** (levels - 1))
+    wanted = (latent[0], image[0], image[1] // latent[1])
+    if made != wanted:
+        raise ModelError(
+            f"model.tiny_vae {path}: decodes {made[0]} latent channels to {made[1]} at {made[2]} times the size, the "
+            f"model needs {wanted[0]} to {wanted[1]} at {wanted[2]} times: take the one made for this family"
+        )
+    try:
+        return diffusers.AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.tiny_vae {path}: cannot be loaded: {error}") from None
 
 
 def factor_of(config: dict[str, Any]) -> int:
@@ -90,7 +115,8 @@ def encoder(info: ModelInfo, device: torch.device, variant: str | None = None) -
     loaded = cache(lambda: load_autoencoder(info, device=device, dtype=torch.float32, variant=variant))
 
     def encode(images: np.ndarray) -> torch.Tensor:
+        at_once = max(1, _PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
         pixels = torch.from_numpy(images).float().div_(127.5).sub_(1.0)
-        return loaded().encode(pixels).cpu()
+        return torch.cat([loaded().encode(part).cpu() for part in pixels.split(at_once)])
 
     return encode

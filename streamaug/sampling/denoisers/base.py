@@ -5,12 +5,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
 from streamaug.errors import ModelError, nearest
 from streamaug.orders import OrderBatch
+from streamaug.sampling.network import compile_network, laid_out
 
 Conditioning = dict[str, torch.Tensor]
 """What the network is told besides latent and timestep; every first axis is B, or 2B with the unconditional half
@@ -28,7 +29,7 @@ class ModelInfo:
     makes; latent_shape: (c, h, w) of what the sampler works on; conditioning: what a label becomes; num_classes: how
     many class embeddings, 0 when it has none; null_class: the label that means "no class", if the model itself says;
     guidance: "cfg" takes two halves, "embedded" takes the scale as an input, "none" knows no condition to leave out;
-    digest: hash of configuration and weights.
+    digest: hash of configuration and weights; upscaler: a cascade's second stage, which makes the image_shape.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ModelInfo:
     null_class: int | None
     guidance: Literal["none", "cfg", "embedded"]
     digest: str
+    upscaler: "ModelInfo | None" = None
 
     @property
     def pixels(self) -> bool:
@@ -75,14 +77,13 @@ class Denoiser:
     half a variance.
     """
 
-    learned_variance: ClassVar[bool] = False
+    learned_variance: bool = False
 
     def __init__(self, network: Any, info: ModelInfo | None, settings: LoadSettings):
         network = network.to(settings.device).eval().requires_grad_(False)
-        if settings.channels_last:
-            network = network.to(memory_format=torch.channels_last)
+        network = laid_out(network, settings.channels_last)
         if settings.compile:
-            network.compile()
+            compile_network(network)
         self.network, self.info, self.settings = network, info, settings
         self.device, self.dtype = settings.device, network.dtype
 
@@ -102,6 +103,15 @@ class Denoiser:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, c, h, w] to images [B, C, H, W] in [-1, 1]; the same for a pixel model."""
         return latents
+
+    @property
+    def feature_size(self) -> int:
+        """How many features `features` returns for an image; for families with FEATURES."""
+        raise NotImplementedError
+
+    def features(self, images: torch.Tensor, timestep: float) -> torch.Tensor:
+        """What the network makes of images [B, C, H, W] in [-1, 1]: [B, feature_size]; for families with FEATURES."""
+        raise NotImplementedError
 
 
 def conditional_half(conditioning: Conditioning) -> Conditioning:
@@ -211,18 +221,19 @@ def load_network(cls: Any, info: ModelInfo, component: str, *, dtype: torch.dtyp
     broken = [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise ModelError(f"{info.path}: weights with NaN or infinity, first in {broken[0]} ({len(broken)} tensors)")
-    return network
+    # from_pretrained leaves the stored dtype when the first tensor is a buffer of it, as in Stable Diffusion 3.
+    return network if network.dtype == dtype else network.to(dtype)
 
 
-def load_scheduler(path: Path) -> Any:
+def saved_scheduler(path: Path, component: str = "scheduler") -> Any:
     """The scheduler object a model folder was saved with."""
     import diffusers
 
-    name = read_json(path, "scheduler/scheduler_config.json").get("_class_name", "")
+    name = read_json(path, f"{component}/scheduler_config.json").get("_class_name", "")
     known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
     if name not in known:
         raise ModelError(f"{path}: the scheduler {name!r} is not one of diffusers'{nearest(str(name), known)}")
     try:
-        return getattr(diffusers, name).from_pretrained(path / "scheduler")
+        return getattr(diffusers, name).from_pretrained(path / component)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{path}: the scheduler {name} cannot be made from its configuration: {error}") from None

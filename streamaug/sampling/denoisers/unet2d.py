@@ -32,10 +32,15 @@ def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: 
     unet = read_json(path, "unet/config.json")
     height, width = square(path, "unet/config.json", unet.get("sample_size"))
     channels, predicted = unet.get("in_channels", 3), unet.get("out_channels", 3)
-    if channels != predicted:
+    if predicted not in (channels, 2 * channels):
         raise ModelError(
-            f"{path}: the unet takes {channels} channels and predicts {predicted} (a learned variance?); "
-            "accepted are models that predict as many channels as they take"
+            f"{path}: the unet takes {channels} channels and predicts {predicted}; accepted are models that predict as "
+            "many channels as they take, or twice as many (a learned variance)"
+        )
+    if unet.get("class_embed_type") is not None:
+        raise ModelError(
+            f"{path}: unet/config.json has class_embed_type {unet['class_embed_type']!r}; accepted are class labels: "
+            "class_embed_type null, with num_class_embeds"
         )
     classes = unet.get("num_class_embeds") or 0
     shape = (channels, height, width)
@@ -63,6 +68,10 @@ def load(info: ModelInfo, settings: LoadSettings) -> "UNet2D":
 
 class UNet2D(Denoiser):
     """The conditioning is {"class_labels": int64 [n]}, or empty."""
+
+    def __init__(self, network: Any, info: ModelInfo | None, settings: LoadSettings):
+        super().__init__(network, info, settings)
+        self.learned_variance = network.config.out_channels == 2 * network.config.in_channels
 
     @property
     def guidance(self):
