@@ -80,13 +80,18 @@ class ModelConfig(Section):
     null_class: int | None = None  # the label that means "no class", for classifier-free guidance
     prompts: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}"]  # wordings; {} is the class name
     negative_prompt: str = ""  # the unconditional half of guidance
+    class_tokens: list[ConfigPath] = []  # safetensors of textual-inversion embeddings, whose tokens prompts may use
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # share of the schedule in which guidance acts
     guidance_rescale: Fraction = 0.0  # draws the guided output's contrast towards the conditional one's
     tiny_vae: ConfigPath | None = None  # folder of an AutoencoderTiny that decodes instead of the model's own
+    upscaler: ConfigPath | None = None  # folder of an IFSuperResolutionPipeline that enlarges the model's images
+    upscaler_steps: Annotated[int, Field(ge=1, le=1000)] = 50  # of the scheduler that the upscaler was saved with
+    upscaler_noise_level: Annotated[int, Field(ge=0, lt=1000)] = 250  # timestep the enlarged images are noised to
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
     channels_last: bool = True
-    compile: bool = False  # torch.compile the network: pays when minutes of images are made
+    compile: Literal["auto"] | bool = "auto"  # torch.compile the network; auto: where the run repays it
+    graph: Literal["auto"] | bool = "auto"  # replay the network's evaluations as CUDA graphs; auto: on a GPU
     debug_nan: bool = False  # log the evaluation in which an image first stops being finite
 
     @model_validator(mode="after")
@@ -94,6 +99,12 @@ class ModelConfig(Section):
         low, high = self.guidance_interval
         if low >= high:
             raise ValueError(f"guidance_interval is [from, to] with from below to, got [{low}, {high}]")
+        return self
+
+    @model_validator(mode="after")
+    def _upscaler_has_model(self) -> "ModelConfig":
+        if self.upscaler is not None and self.path is None:
+            raise ValueError("upscaler needs path: the folder of the model whose images it enlarges")
         return self
 
 

@@ -277,7 +277,7 @@ def _inputs(config: Config) -> Iterator[Check]:
     from streamaug.sampling.denoisers import inspect
 
     try:
-        model = inspect(config.model.path, config.data.image_size, config.model.variant)
+        model = inspect(config.model.path, config.data.image_size, config.model.variant, config.model.upscaler)
     except ModelError as error:
         yield Check("fail", "model", str(error), "set model.path to a folder that a diffusers pipeline saved")
         return

@@ -21,10 +21,11 @@ from streamaug.filtering.features import Features
 from streamaug.filtering.judge import Judge, score_unjudged, unpack_state
 from streamaug.kernels.emit import emit
 from streamaug.orders import OrderBatch
-from streamaug.sampling.denoisers import LoadSettings, inspect, load, load_scheduler
+from streamaug.sampling.cascade import AtSize, SecondStage, load_second_stage
+from streamaug.sampling.denoisers import LoadSettings, ModelInfo, inspect, load, load_scheduler, timing
 from streamaug.sampling.latents import row_conditioning, start_latents
 from streamaug.sampling.sampler import Sampler
-from streamaug.sampling.solver import make_scheduler
+from streamaug.sampling.schedulers import configured, make_scheduler
 
 STAGES = ("perturb", "sample", "decode", "judge", "emit")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,8 +44,10 @@ class Engine:
         latent_shape: tuple[int, int, int],
         seed: int,
         kernels: str,
+        second_stage: SecondStage | None = None,
     ):
         self.bank, self.sampler, self.judge = bank, sampler, judge
+        self.second_stage = second_stage
         self.image_shape, self.latent_shape = image_shape, latent_shape
         self.seed, self.kernels = seed, kernels
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
@@ -64,9 +67,14 @@ class Engine:
             return self._emit(order, images, scores, reasons, slot)
 
     @torch.no_grad()
-    def look(self, order: OrderBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All of an order's images, rejected ones too: uint8 [B, C, H, W], scores fp32 [B], reasons uint8 [B]."""
-        images, scores, reasons = self._judged(order)
+    def look(
+        self, order: OrderBatch, beat: Callable[[], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All of an order's images, rejected ones too: uint8 [B, C, H, W], scores fp32 [B], reasons uint8 [B].
+
+        beat: called before each evaluation of the network.
+        """
+        images, scores, reasons = self._judged(order, beat)
         pixels = ((images.float().nan_to_num() + 1) * 127.5).round().clamp(0, 255).byte()
         return pixels.cpu().numpy(), scores.cpu().numpy(), reasons.cpu().numpy()
 
@@ -81,6 +89,8 @@ class Engine:
             latents = self.sampler.sample(latents, order, rows, on_evaluation=beat)
         with self._timed("decode"):
             images = self.sampler.denoiser.decode(latents)
+            if self.second_stage is not None:
+                images = self.second_stage(images, order, rows, on_evaluation=beat)
         with self._timed("judge"):
             labels = torch.from_numpy(order.images["label"].copy()).to(self.device)
             scores, reasons = self.judge.score(images, labels) if self.judge is not None else score_unjudged(images)
@@ -116,15 +126,15 @@ def build(options: dict[str, Any]) -> Engine:
     device = resolve_device(config.model.device)
     dtype = _DTYPES.get(config.model.dtype) or (torch.float16 if device.type == "cuda" else torch.float32)
     model = config.model
-    info = inspect(Path(options["model"]), config.data.image_size, model.variant)
-    prompts = options["prompts"]
+    info = inspect(Path(options["model"]), config.data.image_size, model.variant, model.upscaler)
+    prompts, execution = options["prompts"], options["execution"]
     denoiser = load(
         info,
         LoadSettings(
             device=device,
             dtype=dtype,
             channels_last=model.channels_last,
-            compile=model.compile,
+            compile=execution["compile"],
             null_class=info.null_class if model.null_class is None else model.null_class,
             prompts=None if prompts is None else Path(prompts),
             tiny_vae=model.tiny_vae,
@@ -136,16 +146,33 @@ def build(options: dict[str, Any]) -> Engine:
         features = Features(denoiser, config.judge.feature_timestep) if config.judge.features else None
         judge = build_judge(config, options["num_classes"], features).to(device).requires_grad_(False)
     seed, kernels = config.seed, config.stream.kernels
+    scheduler, options_of_step, options_of_timing = solver_settings(config, info)
     sampler = Sampler(
         denoiser,
-        make_scheduler(load_scheduler(info.path), model.scheduler),
+        scheduler,
         model.steps,
         seed=seed,
         kernels=kernels,
-        classifier=judge,
+        classifier=judge if info.upscaler is None or judge is None else AtSize(judge, info.image_shape[1:]),
         guidance_interval=model.guidance_interval,
         guidance_rescale=model.guidance_rescale,
+        options=options_of_step,
+        timing=options_of_timing,
+        graph=execution["graph"],
+        debug_nan=model.debug_nan,
     )
+    second_stage = None
+    if info.upscaler is not None:
+        second_stage = load_second_stage(
+            denoiser,
+            steps=model.upscaler_steps,
+            noise_level=model.upscaler_noise_level,
+            seed=seed,
+            kernels=kernels,
+            guidance_interval=model.guidance_interval,
+            guidance_rescale=model.guidance_rescale,
+            graph=execution["graph"],
+        )
     return Engine(
         LatentBank.open(Path(options["bank"])),
         sampler,
@@ -154,7 +181,16 @@ def build(options: dict[str, Any]) -> Engine:
         latent_shape=info.latent_shape,
         seed=seed,
         kernels=kernels,
+        second_stage=second_stage,
     )
+
+
+def solver_settings(config: Config, info: ModelInfo) -> tuple[Any, dict[str, Any] | None, dict[str, Any] | None]:
+    """The configured scheduler, and the options of its step and of its timing. Raises ModelError."""
+    model = config.model
+    scheduler = configured(make_scheduler(load_scheduler(info.path), model.scheduler), model.scheduler_config)
+    options = None if model.eta is None else {"eta": model.eta}
+    return scheduler, options, timing(info, scheduler, model.steps)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from streamaug.bank import LatentBank
 from streamaug.config import Config
 from streamaug.data import ImageSet, Splits, load_splits
-from streamaug.engine import resolve_device
+from streamaug.engine import build, resolve_device, solver_settings
 from streamaug.errors import ConfigError, MismatchError, ModelError
 from streamaug.filtering.calibration import build_judge, calibrate, fit_judge, fit_probe
 from streamaug.filtering.features import Features, Probed
@@ -23,9 +23,11 @@ from streamaug.filtering.judge import Judge, pack_state
 from streamaug.inversion.encode import invert
 from streamaug.orders import Planner
 from streamaug.prior import prior_digest, train_prior
+from streamaug.sampling import cascade
 from streamaug.sampling.conditioning import encode_prompts
-from streamaug.sampling.denoisers import FAMILIES, LoadSettings, ModelInfo, inspect, load, load_scheduler
-from streamaug.sampling.solver import make_scheduler, schedule_of, solver_table
+from streamaug.sampling.denoisers import FAMILIES, LoadSettings, ModelInfo, inspect, load
+from streamaug.sampling.execution import Execution, check_execution, decide, measure
+from streamaug.sampling.solver import schedule_of, solver_for
 from streamaug.training.classifiers import build_classifier
 
 log = logging.getLogger("streamaug")
@@ -62,6 +64,7 @@ class Prepared:
     planner: Planner
     prompts: Path | None = None  # the encoded prompts, for families that take them
     features: Features | None = None  # what a judge with `judge.features` is fitted on
+    execution: Execution = field(default_factory=Execution)  # how every producer runs the network
 
     engine = ENGINE
 
@@ -73,6 +76,7 @@ class Prepared:
             "bank": str(self.bank.path),
             "num_classes": len(self.class_names),
             "prompts": None if self.prompts is None else str(self.prompts),
+            "execution": self.execution.asdict(),
         }
 
     @property
@@ -94,6 +98,8 @@ class Prepared:
             "model": self.model.digest,
             "bank": self.bank.digest,
             "sampling": self.config.digest("model", "judge"),
+            "prompts": None if self.prompts is None else self.prompts.stem,  # named by the hash of what they came from
+            "execution": self.execution.asdict(),
         }
 
 
@@ -120,8 +126,10 @@ def prepare(
         labelled = splits.train.subset(splits.train.select_shots(config.data.shots, config.seed))
     model = find_model(config, splits, progress=progress, fresh=fresh)
     check_model(config, model, labelled)
-    scheduler = make_scheduler(load_scheduler(model.path), config.model.scheduler)
-    solver_table(scheduler, config.model.steps)
+    if model.upscaler is not None:
+        cascade.check(model.upscaler, config.model.upscaler_steps, config.model.upscaler_noise_level)
+    scheduler, options, when = solver_settings(config, model)
+    solver_for(scheduler, config.model.steps, options=options, timing=when)
     prompts = _prompts(config, model, labelled, progress)
     bank = _bank(config, model, labelled, progress)
     judge, features = None, None
@@ -135,19 +143,20 @@ def prepare(
     planner = Planner(
         bank.labels,
         len(bank.class_names),
-        schedule_of(scheduler, config.model.steps),
+        schedule_of(scheduler, config.model.steps, options=options, timing=when),
         config.recipes,
         config.stream.batch_size,
         config.seed,
         templates=len(config.model.prompts) if prompts is not None else 1,
     )
-    return Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)
+    prepared = Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)
+    return replace(prepared, execution=_execution(prepared))
 
 
 def find_model(config: Config, splits: Splits, *, progress: Progress, fresh: bool = False) -> ModelInfo:
     """The configured model, or the cached prior of these images, trained now when there is none."""
     if config.model.path is not None:
-        return inspect(config.model.path, config.data.image_size, config.model.variant)
+        return inspect(config.model.path, config.data.image_size, config.model.variant, config.model.upscaler)
     assert config.prior is not None
     images = splits.unlabelled
     path = config.cache / f"prior-{prior_digest(images, config.prior)}"
@@ -160,7 +169,7 @@ def find_model(config: Config, splits: Splits, *, progress: Progress, fresh: boo
 
 def _check_names(config: Config, num_classes: int) -> None:
     """Refuse a device or a classifier that is not there before anything is trained."""
-    resolve_device(config.model.device)
+    check_execution(config, resolve_device(config.model.device))
     data = config.data
     for name in {config.train.classifier, config.judge.classifier}:
         build_classifier(name, channels=data.channels, image_size=data.image_size, num_classes=num_classes)
@@ -183,7 +192,12 @@ def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
     null_class = model.null_class if config.model.null_class is None else config.model.null_class
     if null_class is not None and not 0 <= null_class < model.num_classes:
         raise MismatchError(f"model.null_class is {null_class}, the model has classes 0 to {model.num_classes - 1}")
-    has_null = model.conditioning == "prompt" or null_class is not None
+    if null_class is not None and null_class < classes:
+        raise MismatchError(
+            f"the class {null_class} of {model.path} means 'no class' and is one of the data's {classes} classes: set "
+            f"data.root to a folder of at most {null_class}, or model.null_class to the class that means none"
+        )
+    has_null = model.guidance == "cfg" and (model.conditioning == "prompt" or null_class is not None)
     for position, recipe in enumerate(config.recipes):
         where = f"recipes.{position}"
         by_label = model.conditioning != "none" or recipe.classifier_guidance[0] > 0
@@ -193,7 +207,10 @@ def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
                 "this model does not know labels, use 'noise' or 'interpolate'"
             )
         if recipe.guidance != (1.0, 1.0) and model.guidance != "embedded" and not has_null:
-            missing = "class-conditional model" if model.guidance == "none" else "null class: set model.null_class"
+            missing = "null class: set model.null_class"
+            if model.guidance == "none":
+                prompted = model.conditioning == "prompt"
+                missing = "model that was not distilled to run without it" if prompted else "class-conditional model"
             raise ConfigError(f"{where}.guidance: classifier-free guidance needs a {missing}; or set it to [1, 1]")
         if recipe.classifier_guidance[1] > 0 and not config.judge.enabled:
             raise ConfigError(f"{where}.classifier_guidance needs the judge: set judge.enabled to true")
@@ -264,9 +281,23 @@ def _prompts(config: Config, model: ModelInfo, labelled: ImageSet, progress: Pro
         config.model.prompts,
         config.cache,
         negative=config.model.negative_prompt,
+        class_tokens=config.model.class_tokens,
         variant=config.model.variant,
         device=resolve_device(config.model.device),
     )
+
+
+def _execution(prepared: Prepared) -> Execution:
+    """How the network is run, measured on the first batch where it hangs on that."""
+    config = prepared.config
+    device = resolve_device(config.model.device)
+
+    def evaluation_seconds() -> float:
+        _writable(config.cache)
+        engine, order = build(prepared.engine_options), prepared.planner.batch(0, prepared.planner.uniform())
+        return measure(lambda beat: engine.look(order, beat), device)
+
+    return decide(config, device, prepared.model.digest, evaluation_seconds)
 
 
 def _writable(cache: Path) -> None:

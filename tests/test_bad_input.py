@@ -267,7 +267,7 @@ def test_a_folder_without_a_diffusers_model_is_refused(settings: list[str], tmp_
         ("unet/config.json", "{", ["unet/config.json", "cannot be read"]),
         ("unet/config.json", "{}", ["sample_size None"]),
         ("unet/config.json", '{"sample_size": "8"}', ["sample_size '8'"]),
-        ("unet/config.json", '{"sample_size": 8, "in_channels": 1, "out_channels": 2}', ["takes 1", "predicts 2"]),
+        ("unet/config.json", '{"sample_size": 8, "in_channels": 1, "out_channels": 3}', ["takes 1", "predicts 3"]),
         ("scheduler/scheduler_config.json", "[]", ["scheduler_config.json", "JSON object"]),
         ("scheduler/scheduler_config.json", '{"_class_name": "DDIMSheduler"}', ["did you mean 'DDIMScheduler'?"]),
         ("scheduler/scheduler_config.json", '{"_class_name": "UNet2DModel"}', ["'UNet2DModel' is not one"]),

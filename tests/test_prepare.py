@@ -139,7 +139,7 @@ def test_recipes_the_model_cannot_serve_are_refused(small_overrides, overrides, 
 
 def test_a_judge_from_a_file_is_used_and_checked(prepared, small_overrides, tmp_path):
     file = tmp_path / "judge.safetensors"
-    weights = {name: value.clone() for name, value in prepared.judge.classifier.state_dict().items()}
+    weights = {name: value.clone() for name, value in prepared.judge.classifier.classifier.state_dict().items()}
     save_file(weights, file)
     loaded = prepare(load("digits", [*small_overrides, f"judge.weights={file}"]))
     assert np.array_equal(pack_state(loaded.judge), prepared.judge_state)

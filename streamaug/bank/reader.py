@@ -96,8 +96,8 @@ class LatentBank:
     def mean(self, name: str) -> torch.Tensor:
         """The mean over all rows of a named tensor, fp32 [...], summed in float64; computed once."""
         if name not in self._means:
-            total = sum(part.sum(0, dtype=torch.float64) for part in self._parts(name))
-            self._means[name] = (total / self.num_rows).float()
+            sums = [part.sum(0, dtype=torch.float64) for part in self._parts(name)]
+            self._means[name] = (torch.stack(sums).sum(0) / self.num_rows).float()
         return self._means[name]
 
     def verify(self) -> list[str]:

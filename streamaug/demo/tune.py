@@ -38,31 +38,25 @@ SHARED_TRIALS = [
 ]
 REAL_ONLY_TRIALS = [
     ["demo.real_only.label_smoothing=0"],
-    ["demo.real_only.label_smoothing=0.1"],
     ["demo.real_only.label_smoothing=0.2"],
     ["demo.real_only.label_smoothing=0.3"],
     ["demo.real_only.label_smoothing=0.4"],
     ["demo.real_only.label_smoothing=0.3", "demo.real_only.lr=0.001"],
     ["demo.real_only.label_smoothing=0.3", "demo.real_only.lr=0.004"],
-    ["demo.real_only.label_smoothing=0.3", "demo.real_only.weight_decay=0.1"],
 ]
 
 
-def _noise(low: float, high: float) -> str:
-    return f"recipes=[{{kind: noise, depth: [{low}, {high}]}}]"
+def _noise(steps: int, low: float, high: float) -> list[str]:
+    return [f"model.steps={steps}", f"recipes=[{{kind: noise, depth: [{low}, {high}]}}]"]
 
 
-_SMOOTH = "train.label_smoothing=0.2"
-_SURE = "judge.min_score=0.6"
 STREAM_TRIALS = [
-    [_noise(0.25, 0.5), _SMOOTH, "judge.min_score=0", "judge.features=false"],
-    [_noise(0.25, 0.5), _SMOOTH, "judge.min_score=0"],
-    [_noise(0.25, 0.75), _SMOOTH, "judge.min_score=0.5"],
-    [_noise(0.25, 0.75), _SMOOTH, _SURE],
-    [_noise(0.42, 0.9), _SMOOTH, _SURE],
-    [_noise(0.25, 0.75), "train.label_smoothing=0.1", _SURE],
-    [_noise(0.25, 0.75), "train.label_smoothing=0.3", _SURE],
-    ["recipes=[{kind: interpolate, depth: [0.25, 0.75]}]", _SMOOTH, _SURE],
+    [*_noise(6, 0.25, 0.75), "train.label_smoothing=0.2", "judge.min_score=0.6"],
+    [*_noise(5, 0.42, 0.75), "train.label_smoothing=0.2", "judge.min_score=0.6"],
+    [*_noise(5, 0.42, 0.9), "train.label_smoothing=0.2", "judge.min_score=0.6"],
+    [*_noise(4, 0.42, 0.9), "train.label_smoothing=0.2", "judge.min_score=0.6"],
+    [*_noise(4, 0.42, 0.9), "train.label_smoothing=0.2", "judge.min_score=0.5"],
+    [*_noise(4, 0.42, 0.9), "train.label_smoothing=0.3", "judge.min_score=0.6"],
 ]
 
 
@@ -128,7 +122,7 @@ def _entry(trial: list[str], reached: list[float]) -> dict[str, Any]:
 def main(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a bundled configuration.")] = "digits",
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("tuning.json"),
-    seeds: Annotated[int, typer.Option(help="Labelled draws per trial.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Labelled draws per trial.")] = 4,
     shots: Annotated[list[int] | None, typer.Option(help="Labelled images per class.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Guidance: classifier-free, its rescaled form, and by a classifier's gradient.
+"""Guidance: classifier-free, and by a classifier's gradient (its rescaled form is the kernel `rescale`).
 
 Classifier guidance moves the predicted clean image m0 (Bansal et al. 2023, "Universal Guidance") with the network's
 output held fixed, so it costs one pass of the classifier and none of the denoiser. In the score's terms
@@ -16,19 +16,6 @@ def combine(out: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
     """
     unconditional, conditional = out.chunk(2)
     return torch.lerp(unconditional, conditional, guidance.view(-1, *(1,) * (out.dim() - 1)).to(out.dtype))
-
-
-def rescaled(out: torch.Tensor, guidance: torch.Tensor, rescale: float) -> torch.Tensor:
-    """Guided output [B, ...] fp32 whose standard deviation is drawn towards the conditional one's.
-
-    out: [2B, ...]; guidance: fp32 [B]; rescale: φ in [0, 1], 0 leaves it, 1 matches (Lin et al. 2023, "Common
-    Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4).
-    """
-    out = out.float()
-    guided, conditional = combine(out, guidance), out.chunk(2)[1]
-    axes = tuple(range(1, out.dim()))
-    ratio = conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
-    return guided * (1 + rescale * (ratio - 1))
 
 
 def classifier_shift(

@@ -9,7 +9,7 @@ from streamaug.kernels.perturb import perturb
 from streamaug.orders import INTERP_CIRCLE, INTERP_SPHERICAL, OrderBatch
 
 _LATENT_STREAM = 0
-_CONDITIONING_STREAM = 16  # stream 1 is the solver's; the ones between are a cascade's stages
+_CONDITIONING_STREAM = 16  # stream 1 is the solver's, 2 to 5 are for a cascade's second stage (`cascade`)
 
 
 def start_latents(

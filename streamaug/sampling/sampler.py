@@ -1,6 +1,8 @@
 """Sampler: an order batch and its starting latents become clean latents. This is the loop."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,11 +10,16 @@ import torch
 from torch import nn
 
 from streamaug.errors import ModelError, UsageError
+from streamaug.kernels.rescale import rescale
 from streamaug.kernels.step import HISTORY, Column, Columns, step, used_columns
 from streamaug.orders import OrderBatch, Schedule
 from streamaug.sampling.denoisers.base import Conditioning, Denoiser, Rows, conditional_half
-from streamaug.sampling.guidance import classifier_shift, combine, rescaled
-from streamaug.sampling.solver import SolverTable, schedule_of, solver_table
+from streamaug.sampling.graph import Graphs
+from streamaug.sampling.guidance import classifier_shift, combine
+from streamaug.sampling.solver import SolverTable, schedule_of, solver_for
+from streamaug.sampling.stepped import SteppedSolver
+
+_log = logging.getLogger("streamaug")
 
 _STEP_STREAM = 1  # the noise stream of the solver; stream 0 is the starting latent's
 
@@ -23,7 +30,10 @@ class Sampler:
     denoiser: an adapter of `sampling.denoisers`; scheduler: a diffusers scheduler object; classifier: called on
     images [B, C, H, W] in [-1, 1], needed only for orders with classifier guidance. guidance_interval: the share of
     the schedule, 0 at pure noise and 1 at the clean image, in which classifier-free guidance acts (Kynkäänniemi et
-    al. 2024); guidance_rescale: φ of Lin et al. 2023, section 3.4, in [0, 1].
+    al. 2024); guidance_rescale: φ of Lin et al. 2023, section 3.4, in [0, 1]. stream: of the solver's noise; options,
+    timing: keyword arguments of `scheduler.step`, such as eta, and of `scheduler.set_timesteps` (`denoisers.timing`);
+    graph: replay the evaluations as CUDA graphs (not measured on a GPU yet); debug_nan: log the evaluation in which
+    an image first stops being finite, which waits for the device.
     """
 
     def __init__(
@@ -37,6 +47,11 @@ class Sampler:
         classifier: nn.Module | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
+        stream: int = _STEP_STREAM,
+        options: dict[str, Any] | None = None,
+        timing: dict[str, Any] | None = None,
+        graph: bool = False,
+        debug_nan: bool = False,
     ):
         self.denoiser = denoiser
         self.scheduler = scheduler
@@ -46,14 +61,20 @@ class Sampler:
         self.classifier = classifier
         self.guidance_interval = guidance_interval
         self.guidance_rescale = guidance_rescale
-        self.schedule: Schedule = schedule_of(scheduler, steps)
-        self._tables: dict[int, SolverTable] = {}
-        self._coefs: dict[tuple[int, int], tuple[torch.Tensor, Columns]] = {}
+        self.stream = stream
+        self.options, self.timing = options, timing
+        self.schedule: Schedule = schedule_of(scheduler, steps, options=options, timing=timing)
+        self.graphs = Graphs() if graph else None
+        self.debug_nan = debug_nan
+        self._solvers: dict[int, SolverTable | SteppedSolver] = {}
+        self._loops: dict[Hashable, _Loop] = {}
 
-    def table(self, start: int) -> SolverTable:
-        if start not in self._tables:
-            self._tables[start] = solver_table(self.scheduler, self.steps, start)
-        return self._tables[start]
+    def solver(self, start: int) -> SolverTable | SteppedSolver:
+        """The evaluations of images that enter at solver step `start`."""
+        if start not in self._solvers:
+            options, timing = self.options, self.timing
+            self._solvers[start] = solver_for(self.scheduler, self.steps, start, options=options, timing=timing)
+        return self._solvers[start]
 
     @torch.no_grad()
     def sample(
@@ -66,82 +87,108 @@ class Sampler:
         """Latents [B, c, h, w] that enter at `order.start` -> clean latents [B, c, h, w] fp32.
 
         rows: the order's mixed bank rows for the conditioning, if any. `on_evaluation` is called before each
-        evaluation of the network.
+        evaluation of the network. Its buffers are kept between batches: one batch at a time.
         """
-        device, dtype = self.denoiser.device, self.denoiser.dtype
-        table = self.table(order.start)
+        solver = self.solver(order.start)
         images = order.images
-        size = len(order)
-        doubled = self._doubled(images, table)  # which evaluations need the unconditional half
+        doubled = self._doubled(images, solver)  # which evaluations need the unconditional half
         conditioning = self._conditionings(order, rows or {}, doubled)
-        ids = torch.from_numpy(images["id"].copy()).to(device)
+        towards = self._classifier_inputs(images, solver)
+        watch = _Watch(images["id"], solver.timesteps) if self.debug_nan else None
+        if isinstance(solver, SteppedSolver):
+            return self._stepped(solver, latents, images, doubled, conditioning, towards, watch, on_evaluation)
+        loop = self._loop(latents.shape, len(self.solver(0)), doubled, conditioning)
+        loop.begin(latents, images, solver, conditioning)
 
-        coef, columns = self._coefficients(table, size)
-        guidance = torch.from_numpy(images["guidance"].copy()).to(device)
-        coef[:, :, Column.GUIDANCE] = guidance
-        index = torch.zeros(1, dtype=torch.int64, device=device)
-
-        x = latents.to(device, torch.float32, copy=True).contiguous()
-        history = torch.zeros((HISTORY, *x.shape), device=device)
-        first = (x * table.in_first).to(dtype)
-        inputs = {halves: first.repeat(halves, 1, 1, 1) for halves in {1 + twice for twice in doubled}}
-        timesteps = torch.from_numpy(table.timesteps).to(device, torch.float32)
-        towards = self._classifier_inputs(images, device)
-
-        for evaluation in range(len(table)):
+        for evaluation, guided in enumerate(doubled):
             if on_evaluation:
                 on_evaluation()
-            guided = doubled[evaluation]
-            # Predict.
-            out = self.denoiser(inputs[1 + guided], timesteps[evaluation], conditioning[guided])
-            if self.denoiser.learned_variance:
-                out = out[:, : x.shape[1]].contiguous()
+            after = doubled[min(evaluation + 1, len(solver) - 1)]
+            if towards is not None:
+                loop.advance(guided, after, partial(self._towards_label, solver, loop, evaluation, *towards))
+            elif self.graphs is not None:
+                self._replay(loop, guided, after)
+            else:
+                loop.advance(guided, after)
+            if watch is not None:
+                watch(evaluation, loop.x)
+        return loop.x.clone()
+
+    def _stepped(
+        self,
+        solver: SteppedSolver,
+        latents: torch.Tensor,
+        images: np.ndarray,
+        doubled: list[bool],
+        conditioning: dict[bool, Conditioning],
+        towards: tuple[torch.Tensor, torch.Tensor] | None,
+        watch: "_Watch | None",
+        on_evaluation: Callable[[], None] | None,
+    ) -> torch.Tensor:
+        """The loop around `scheduler.step` itself."""
+        device = self.denoiser.device
+        ids, guidance = (torch.from_numpy(images[name].copy()).to(device) for name in ("id", "guidance"))
+        timesteps = torch.from_numpy(solver.timesteps).to(device, torch.float32)
+        run = solver.begin(latents.to(device, torch.float32, copy=True), ids, seed=self.seed, stream=self.stream)
+        channels = latents.shape[1]
+        for evaluation, guided in enumerate(doubled):
+            if on_evaluation:
+                on_evaluation()
+            # Predict; a variance is not guided, and is the conditional half's.
+            given = run.network_input(evaluation).to(self.denoiser.dtype).repeat(1 + guided, 1, 1, 1)
+            out = self.denoiser(given, timesteps[evaluation], conditioning[guided]).float()
+            variance = out[-len(ids) :, channels:]
+            out = out[:, :channels].contiguous()
+            # Combine the guidance halves.
+            if guided and self.guidance_rescale:
+                out = rescale(out, guidance, self.guidance_rescale, backend=self.kernels)
+            elif guided:
+                out = combine(out, guidance)
             # Guide by the classifier: shift the predicted clean image, written as a change of the model's output.
             if towards is not None:
-                out = self._towards_label(out, x, coef[evaluation], table, evaluation, *towards, guided=guided)
-            if guided and self.guidance_rescale:
-                out, guided = rescaled(out, guidance, self.guidance_rescale), False
-            # Combine the guidance halves and move to the next noise level.
-            after = doubled[min(evaluation + 1, len(table) - 1)]
-            step(
-                x,
-                out,
-                coef,
-                index,
-                history,
-                inputs[1 + after],
-                ids,
-                seed=self.seed,
-                stream=_STEP_STREAM,
-                guided=guided,
-                clip=table.clip,
-                noisy=Column.CN in columns,
-                columns=columns,
-                backend=self.kernels,
-            )
-            index += 1
-        return x
+                clean = run.predicted_clean(evaluation, out)
+                out = out + self._change(clean, solver, evaluation, *towards)
+            # Move to the next noise level.
+            run.advance(evaluation, torch.cat([out, variance], 1) if solver.learned_variance else out)
+            if watch is not None:
+                watch(evaluation, run.x)
+        return run.x
 
-    def _coefficients(self, table: SolverTable, size: int) -> tuple[torch.Tensor, Columns]:
-        """The table on the device, fp32 [E, B, len(Column)], kept: only its guidance column changes by batch."""
-        key = table.start, size
-        if key not in self._coefs:
-            rows = torch.from_numpy(table.coef).to(self.denoiser.device, torch.float32)
-            coef = rows[:, None, :].repeat(1, size, 1)
-            self._coefs[key] = coef, used_columns(coef)
-        return self._coefs[key]
+    def _loop(
+        self, shape: torch.Size, evaluations: int, doubled: list[bool], conditioning: dict[bool, Conditioning]
+    ) -> "_Loop":
+        """The buffers of batches like this one, made at the first."""
+        layout = tuple(
+            (name, value.shape, value.dtype) for part in conditioning.values() for name, value in part.items()
+        )
+        key = shape, frozenset(doubled), layout
+        if key not in self._loops:
+            self._loops[key] = _Loop(self, shape, evaluations, set(doubled), conditioning)
+        return self._loops[key]
 
-    def _doubled(self, images: np.ndarray, table: SolverTable) -> list[bool]:
+    def _replay(self, loop: "_Loop", guided: bool, after: bool) -> None:
+        """Advance by a captured graph; without, from then on, if the network cannot be captured."""
+        assert self.graphs is not None
+        key = id(loop), guided, after, loop.noisy
+        try:
+            self.graphs.replay(key, partial(loop.advance, guided, after), loop.changed)
+        except RuntimeError as error:
+            _log.warning("the network cannot be captured as a CUDA graph and runs without: %s", error)
+            self.graphs = None
+            loop.advance(guided, after)
+
+    def _doubled(self, images: np.ndarray, solver: SolverTable | SteppedSolver) -> list[bool]:
         """Which evaluations run with the unconditional half: those in the interval, none when every scale is 1."""
-        evaluations = len(table)
+        evaluations = len(solver)
         if self.denoiser.guidance == "embedded" or (images["guidance"] == 1.0).all():
             return [False] * evaluations
         if self.denoiser.guidance == "none":
             raise ModelError(
-                "classifier-free guidance needs a class-conditional model; set every recipe's guidance to 1"
+                "classifier-free guidance needs a model that knows a condition to leave out; set every recipe's "
+                "guidance to 1"
             )
         low, high = self.guidance_interval
-        position = (table.start + np.arange(evaluations) * (self.steps - table.start) / evaluations) / self.steps
+        position = (solver.start + np.arange(evaluations) * (self.steps - solver.start) / evaluations) / self.steps
         return ((low <= position) & (position < high)).tolist()
 
     def _conditionings(self, order: OrderBatch, rows: Rows, doubled: list[bool]) -> dict[bool, Conditioning]:
@@ -151,33 +198,181 @@ class Sampler:
         both = self.denoiser.condition(order, rows, True)
         return {True: both, False: conditional_half(both)}
 
-    def _classifier_inputs(self, images: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _classifier_inputs(
+        self, images: np.ndarray, solver: SolverTable | SteppedSolver
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Labels int64 [B] and scales fp32 [B] of classifier guidance; None when every scale is 0."""
         if (images["classifier_guidance"] == 0.0).all():
             return None
         if self.classifier is None:
             raise UsageError("classifier guidance needs a judge: set judge.enabled, or classifier_guidance to [0, 0]")
+        if solver.clean is None:
+            raise ModelError(
+                f"{type(self.scheduler).__name__} does not tell the predicted clean image, which classifier guidance "
+                "needs; set classifier_guidance to [0, 0], or model.scheduler to ddim"
+            )
+        device = self.denoiser.device
         labels = torch.from_numpy(images["label"].copy()).to(device)
         return labels, torch.from_numpy(images["classifier_guidance"].copy()).to(device)
 
     def _towards_label(
         self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        coef: torch.Tensor,
         table: SolverTable,
+        loop: "_Loop",
         evaluation: int,
         labels: torch.Tensor,
         scale: torch.Tensor,
-        *,
+        out: torch.Tensor,
         guided: bool,
     ) -> torch.Tensor:
-        a, s, guidance = (coef[:, column].view(-1, 1, 1, 1) for column in (Column.A, Column.S, Column.GUIDANCE))
-        e = combine(out.float(), guidance) if guided else out.float()
-        m0 = a * x + s * e
+        """The network's output, changed so that the predicted clean image moves by the classifier's gradient."""
+        assert table.clean is not None
+        e = combine(out.float(), loop.guidance) if guided else out.float()
+        m0 = float(table.clean[evaluation, 0]) * loop.x + float(table.clean[evaluation, 1]) * e
         if table.clip is not None:
             m0 = m0.clamp(-table.clip, table.clip)
-        assert self.classifier is not None
-        shift = classifier_shift(self.classifier, m0, labels, scale, float(table.x0_scale[evaluation]))
+        change = self._change(m0, table, evaluation, labels, scale).to(out.dtype)
         # Both halves move alike, so that the guidance combination moves by exactly this much.
-        change = (shift / s).to(out.dtype)
         return out + (torch.cat([change, change]) if guided else change)
+
+    def _change(
+        self,
+        m0: torch.Tensor,
+        solver: SolverTable | SteppedSolver,
+        evaluation: int,
+        labels: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """What to add to the network's output so that the predicted clean image m0 moves by the classifier's shift."""
+        assert self.classifier is not None and solver.clean is not None
+        shift = classifier_shift(self.classifier, m0, labels, scale, float(solver.x0_scale[evaluation]))
+        return shift / float(solver.clean[evaluation, 1])
+
+
+class _Watch:
+    """Logs each image once, at the evaluation after which it is no longer finite."""
+
+    def __init__(self, ids: np.ndarray, timesteps: np.ndarray):
+        self.ids, self.timesteps = ids, timesteps
+        self.seen: set[int] = set()
+
+    def __call__(self, evaluation: int, x: torch.Tensor) -> None:
+        broken = (~torch.isfinite(x)).flatten(1).any(1).cpu().numpy()
+        for image in self.ids[broken].tolist():
+            if image not in self.seen:
+                self.seen.add(image)
+                _log.warning(
+                    "image %d is not finite after evaluation %d of %d (timestep %g)",
+                    image,
+                    evaluation + 1,
+                    len(self.timesteps),
+                    self.timesteps[evaluation],
+                )
+
+
+class _Loop:
+    """The buffers of batches of one shape, and the body of the loop over them.
+
+    All that `advance` reads and writes keeps its address, and the evaluation is a counter on the device: called again
+    it does the next evaluation, of this batch or of another, and so does a CUDA graph of it. x: fp32 [B, c, h, w];
+    inputs: by whether guided, what the network is given, [B or 2B, c, h, w]; coef: fp32 [E, B, len(Column)] and
+    timesteps: fp32 [E], filled from the front by images that enter later.
+    """
+
+    def __init__(
+        self,
+        sampler: "Sampler",
+        shape: torch.Size,
+        evaluations: int,
+        doubled: set[bool],
+        conditioning: dict[bool, Conditioning],
+    ):
+        self.sampler, self.denoiser = sampler, sampler.denoiser
+        device, size = self.denoiser.device, shape[0]
+        layout = torch.channels_last if self.denoiser.settings.channels_last else torch.contiguous_format
+        self.x = torch.empty(shape, device=device)
+        self.history = torch.empty((HISTORY, *shape), device=device)
+        self.inputs = {
+            twice: torch.empty(((1 + twice) * size, *shape[1:]), dtype=self.denoiser.dtype, device=device).to(
+                memory_format=layout
+            )
+            for twice in doubled
+        }
+        self.conditioning = {
+            guided: {name: torch.empty_like(value) for name, value in part.items()}
+            for guided, part in conditioning.items()
+        }
+        self.ids = torch.empty(size, dtype=torch.int64, device=device)
+        self.guidance = torch.empty(size, device=device)
+        self.coef = torch.zeros((evaluations, size, len(Column)), device=device)
+        self.timesteps = torch.zeros(evaluations, device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self._now = torch.zeros(1, device=device)
+        self.timestep = self._now.view(())
+        self.changed = [self.x, self.history, self.index, self._now, *self.inputs.values()]
+        self._columns: dict[int, Columns] = {}
+        self._start = -1
+
+    def begin(
+        self, latents: torch.Tensor, images: np.ndarray, table: SolverTable, conditioning: dict[bool, Conditioning]
+    ) -> None:
+        """Take in a batch: its latents, ids, guidance scales, coefficients and conditioning."""
+        if table.start != self._start:
+            self._start = table.start
+            self.coef.zero_()
+            self.coef[: len(table)] = torch.from_numpy(table.coef).to(self.coef)[:, None]
+            self.timesteps[: len(table)] = torch.from_numpy(table.timesteps).to(self.timesteps)
+            if table.start not in self._columns:
+                self._columns[table.start] = used_columns(self.coef)
+            self.columns, self.clip = self._columns[table.start], table.clip
+            self.noisy = Column.CN in self.columns
+        self.guidance.copy_(torch.from_numpy(images["guidance"].copy()))
+        self.coef[:, :, Column.GUIDANCE] = self.guidance
+        self.ids.copy_(torch.from_numpy(images["id"].copy()))
+        self.index.zero_()
+        self.x.copy_(latents)
+        for twice, given in self.inputs.items():
+            given.copy_((self.x * table.in_first).repeat(1 + twice, 1, 1, 1))
+        for guided, part in conditioning.items():
+            for name, value in part.items():
+                self.conditioning[guided][name].copy_(value)
+
+    def advance(
+        self, guided: bool, after: bool, shift: Callable[[torch.Tensor, bool], torch.Tensor] | None = None
+    ) -> None:
+        """One evaluation of the network and the solver step after it.
+
+        guided, after: whether this evaluation and the next have an unconditional half; shift: changes the network's
+        output.
+        """
+        sampler = self.sampler
+        # Predict.
+        torch.index_select(self.timesteps, 0, self.index, out=self._now)
+        with torch.inference_mode():
+            out = self.denoiser(self.inputs[guided], self.timestep, self.conditioning[guided])
+        if self.denoiser.learned_variance:
+            out = out[:, : self.x.shape[1]].contiguous()
+        # Guide by the classifier: shift the predicted clean image, written as a change of the model's output.
+        if shift is not None:
+            out = shift(out, guided)
+        if guided and sampler.guidance_rescale:
+            out = rescale(out, self.guidance, sampler.guidance_rescale, backend=sampler.kernels)
+            guided = False
+        # Combine the guidance halves and move to the next noise level.
+        step(
+            self.x,
+            out,
+            self.coef,
+            self.index,
+            self.history,
+            self.inputs[after],
+            self.ids,
+            seed=sampler.seed,
+            stream=sampler.stream,
+            guided=guided,
+            clip=self.clip,
+            noisy=self.noisy,
+            columns=self.columns,
+            backend=sampler.kernels,
+        )
+        self.index += 1

@@ -95,6 +95,24 @@ def make_scheduler(saved: Any, name: str) -> Any:
     return cls.from_config(saved.config, **settings)
 
 
+def configured(scheduler: Any, overrides: dict[str, Any]) -> Any:
+    """The scheduler with some of its configuration replaced. Raises ModelError for a key or value it does not take."""
+    cls = type(scheduler)
+    known = _init_parameters(cls)
+    for key in overrides:
+        if key not in known:
+            raise ModelError(
+                f"model.scheduler_config.{key}: {cls.__name__} has no such setting{nearest(key, known)}; "
+                f"accepted: {', '.join(sorted(known))}"
+            )
+    if not overrides:
+        return scheduler
+    try:
+        return cls.from_config(scheduler.config, **overrides)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"model.scheduler_config: {cls.__name__} cannot be made with it: {error}") from None
+
+
 def scheduler_class(name: str) -> Any:
     """The diffusers class of that name. Raises ModelError when there is none that samples images here."""
     import diffusers

@@ -191,7 +191,7 @@ def test_classifier_guidance_makes_the_label_likelier_and_leaves_scale_zero_alon
 
 
 def test_guidance_without_what_it_needs_is_refused():
-    with pytest.raises(ModelError, match="class-conditional"):
+    with pytest.raises(ModelError, match="knows a condition"):
         Sampler(adapter(UNCONDITIONAL), SCHEDULERS["ddim"], 2).sample(latents(2), orders(2, guidance=2.0))
     with pytest.raises(ModelError, match=r"model\.null_class"):
         Sampler(adapter(CONDITIONAL), SCHEDULERS["ddim"], 2).sample(latents(2), orders(2, guidance=2.0))

@@ -77,7 +77,7 @@ def images_from_files(
     text = f"""
 cache: {tmp_path / "cache"}
 data: {{source: folder, root: {tmp_path / "images"}, image_size: {image_size}, channels: 3, holdout: 0, validation: 0}}
-model: {{path: {model}, scheduler: keep, steps: 3, device: cpu, null_class: {json.dumps(null_class)}}}
+model: {{path: {model}, scheduler: keep, steps: 3, device: cpu, compile: false, null_class: {json.dumps(null_class)}}}
 recipes: {json.dumps(recipes)}
 judge: {{enabled: false}}
 stream: {{batch_size: 3}}
