@@ -7,6 +7,7 @@ is a function of its orders.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from streamaug.bank import LatentBank
 from streamaug.config import Config
-from streamaug.errors import ConfigError
+from streamaug.errors import ConfigError, MemoryTooSmall
 from streamaug.filtering.calibration import build_judge
 from streamaug.filtering.features import Features
 from streamaug.filtering.judge import Judge, score_unjudged, unpack_state
@@ -81,6 +82,39 @@ class Engine:
     def _judged(
         self, order: OrderBatch, beat: Callable[[], None] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        try:
+            return self._run(order, beat)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            size = len(order)
+        # Outside the handler, whose traceback holds on to the batch's tensors.
+        fits = self._largest_that_fits(order, beat)
+        advice = (
+            f"{fits} fits: --set stream.batch_size={fits}"
+            if fits
+            else "not one image fits: use a smaller model or image size, or model.dtype=float16"
+        )
+        raise MemoryTooSmall(f"stream.batch_size {size} needs more memory than {self.device} has free; {advice}")
+
+    def _largest_that_fits(self, order: OrderBatch, beat: Callable[[], None] | None) -> int:
+        """The largest of B/2, B/4, ... orders that run, 0 if none does."""
+        size = len(order) // 2
+        while size:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                self._run(replace(order, images=order.images[:size].copy()), beat)
+                return size
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            size //= 2
+        return 0
+
+    def _run(
+        self, order: OrderBatch, beat: Callable[[], None] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with self._timed("perturb"):
             where: Any = {"seed": self.seed, "device": self.device, "kernels": self.kernels}
             latents = start_latents(self.bank, order, self.latent_shape, **where)
@@ -118,6 +152,11 @@ class Engine:
         began = time.perf_counter()
         yield
         self.stage_seconds[stage] += time.perf_counter() - began
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU torch raises a RuntimeError of its allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def build(options: dict[str, Any]) -> Engine:

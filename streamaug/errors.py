@@ -41,7 +41,7 @@ class StateError(UsageError):
 
 
 class MemoryTooSmall(UsageError):
-    """The ring does not fit; the message says how much is needed and what helps."""
+    """The ring or a batch does not fit; the message says how much is needed, or what fits, and what helps."""
 
 
 class ProducerError(StreamaugError):

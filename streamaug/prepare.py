@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,19 +65,27 @@ class Prepared:
     planner: Planner
     prompts: Path | None = None  # the encoded prompts, for families that take them
     features: Features | None = None  # what a judge with `judge.features` is fitted on
-    execution: Execution = field(default_factory=Execution)  # how every producer runs the network
 
     engine = ENGINE
 
+    @cached_property
+    def execution(self) -> Execution:
+        """How every producer runs the network: decided once, when a stream first asks."""
+        return _execution(self)
+
     @property
     def engine_options(self) -> dict[str, Any]:
+        return self.options_for(self.execution)
+
+    def options_for(self, execution: Execution) -> dict[str, Any]:
+        """What `engine.build` needs, as plain data."""
         return {
             "config": self.config.model_dump(mode="json"),
             "model": str(self.model.path),
             "bank": str(self.bank.path),
             "num_classes": len(self.class_names),
             "prompts": None if self.prompts is None else str(self.prompts),
-            "execution": self.execution.asdict(),
+            "execution": execution.asdict(),
         }
 
     @property
@@ -149,8 +158,7 @@ def prepare(
         config.seed,
         templates=len(config.model.prompts) if prompts is not None else 1,
     )
-    prepared = Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)
-    return replace(prepared, execution=_execution(prepared))
+    return Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)
 
 
 def find_model(config: Config, splits: Splits, *, progress: Progress, fresh: bool = False) -> ModelInfo:
@@ -294,7 +302,7 @@ def _execution(prepared: Prepared) -> Execution:
 
     def evaluation_seconds() -> float:
         _writable(config.cache)
-        engine, order = build(prepared.engine_options), prepared.planner.batch(0, prepared.planner.uniform())
+        engine, order = build(prepared.options_for(Execution())), prepared.planner.batch(0, prepared.planner.uniform())
         return measure(lambda beat: engine.look(order, beat), device)
 
     return decide(config, device, prepared.model.digest, evaluation_seconds)

@@ -39,6 +39,7 @@ def small_overrides(cache) -> list[str]:
         "prior.steps=30",
         "prior.channels=[16, 32]",
         "model.steps=4",
+        "model.compile=false",
         "judge.steps=60",
         "stream.batch_size=16",
         "train.steps=12",

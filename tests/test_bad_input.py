@@ -474,7 +474,7 @@ def test_a_machine_without_dev_shm_says_so(monkeypatch, tmp_path: Path) -> None:
 
 
 def test_a_ring_that_does_not_fit_says_how_much_and_what_helps(settings: list[str], tmp_path: Path) -> None:
-    given = ["--set", "stream.memory=shm", "--set", "stream.batch_size=2000000000"]
+    given = ["--set", "stream.memory=shm", "--set", "stream.batch_size=2000000000", "--set", "model.compile=false"]
     message = refusal("train", *settings, *given, "--out", str(tmp_path / "runs"))
     assert "the ring needs" in message and "/dev/shm" in message and "--shm-size" in message
     assert not (tmp_path / "runs" / "report.json").exists()

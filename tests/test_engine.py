@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from streamaug import engine as engine_module
 from streamaug.config import load
+from streamaug.errors import MemoryTooSmall
 from streamaug.orders import REASONS, OrderBatch
 from streamaug.prepare import prepare
 from streamaug.stream import Stream
@@ -149,3 +151,22 @@ def test_a_loader_whose_collect_raises_fails_too(prepared, monkeypatch):
         loader = sa.StreamLoader(DataLoader(data, batch_size=16), stream, ratio=0.5)
         with pytest.raises(RuntimeError, match="collect was called"):
             next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory: you")]
+)
+def test_a_batch_that_does_not_fit_names_one_that_does(prepared, engine, monkeypatch, error):
+    original, sizes = engine.sampler.sample, []
+
+    def sample(latents, order, rows, on_evaluation=None):
+        sizes.append(len(order))
+        if len(order) > 4:
+            raise error
+        return original(latents, order, rows, on_evaluation)
+
+    monkeypatch.setattr(engine.sampler, "sample", sample)
+    order = prepared.planner.batch(0, prepared.planner.uniform())
+    with pytest.raises(MemoryTooSmall, match=r"stream\.batch_size 16 .* 4 fits: --set stream\.batch_size=4"):
+        engine.look(order)
+    assert sizes == [16, 8, 4]
