@@ -92,6 +92,7 @@ class ModelConfig(Section):
     channels_last: bool = True
     compile: Literal["auto"] | bool = "auto"  # torch.compile the network; auto: where the run repays it
     graph: Literal["auto"] | bool = "auto"  # replay the network's evaluations as CUDA graphs; auto: on a GPU
+    attention_cache: Annotated[int, Field(ge=1)] = 1  # compute attention at every n-th evaluation; an approximation
     debug_nan: bool = False  # log the evaluation in which an image first stops being finite
 
     @model_validator(mode="after")

@@ -178,6 +178,7 @@ def build(options: dict[str, Any]) -> Engine:
             prompts=None if prompts is None else Path(prompts),
             tiny_vae=model.tiny_vae,
             variant=model.variant,
+            attention_cache=model.attention_cache,
         ),
     )
     judge = None

@@ -38,6 +38,11 @@ class Execution:
 
 def check_execution(config: Config, device: torch.device) -> None:
     """Raises ConfigError when what is asked for cannot be had."""
+    if config.model.attention_cache > 1 and True in (config.model.compile, config.model.graph):
+        raise ConfigError(
+            "model.attention_cache changes what an evaluation computes from one to the next, so the network can "
+            "neither be compiled nor captured: leave model.compile and model.graph at auto, or set it to 1"
+        )
     if config.model.compile is True:
         require_compiler()
     if config.model.graph is True and device.type != "cuda":
@@ -57,6 +62,8 @@ def decide(
     """
     check_execution(config, device)
     graph = config.model.graph
+    if config.model.attention_cache > 1:
+        return Execution()
     return Execution(
         compile=_compile(config, device, model_digest, evaluation_seconds),
         graph=device.type == "cuda" if graph == "auto" else graph,

@@ -103,6 +103,8 @@ class Sampler:
         for evaluation, guided in enumerate(doubled):
             if on_evaluation:
                 on_evaluation()
+            if evaluation == 0 or guided != doubled[evaluation - 1]:
+                self.denoiser.forget()
             after = doubled[min(evaluation + 1, len(solver) - 1)]
             if towards is not None:
                 loop.advance(guided, after, partial(self._towards_label, solver, loop, evaluation, *towards))
@@ -134,6 +136,8 @@ class Sampler:
         for evaluation, guided in enumerate(doubled):
             if on_evaluation:
                 on_evaluation()
+            if evaluation == 0 or guided != doubled[evaluation - 1]:
+                self.denoiser.forget()
             # Predict; a variance is not guided, and is the conditional half's.
             given = run.network_input(evaluation).to(self.denoiser.dtype).repeat(1 + guided, 1, 1, 1)
             out = self.denoiser(given, timesteps[evaluation], conditioning[guided]).float()

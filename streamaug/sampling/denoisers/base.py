@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 
 from streamaug.errors import ModelError, nearest
 from streamaug.orders import OrderBatch
+from streamaug.sampling.caching import AttentionCache
 from streamaug.sampling.network import compile_network, laid_out
 
 Conditioning = dict[str, torch.Tensor]
@@ -56,7 +57,8 @@ class LoadSettings:
 
     prompts: the file of encoded prompts (`conditioning.encode_prompts`), for families that take one; null_class: the
     label that means "no class", where the model has one; tiny_vae: folder of an AutoencoderTiny that decodes instead
-    of the model's own autoencoder; variant: "fp16" reads diffusion_pytorch_model.fp16.safetensors.
+    of the model's own autoencoder; variant: "fp16" reads diffusion_pytorch_model.fp16.safetensors; attention_cache:
+    attention is computed at every n-th evaluation (`caching.AttentionCache`), 1 at each.
     """
 
     device: torch.device
@@ -67,7 +69,7 @@ class LoadSettings:
     prompts: Path | None = None
     tiny_vae: Path | None = None
     variant: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    attention_cache: int = 1
 
 
 class Denoiser:
@@ -84,6 +86,7 @@ class Denoiser:
         network = laid_out(network, settings.channels_last)
         if settings.compile:
             compile_network(network)
+        self._attention = AttentionCache(network, settings.attention_cache) if settings.attention_cache > 1 else None
         self.network, self.info, self.settings = network, info, settings
         self.device, self.dtype = settings.device, network.dtype
 
@@ -91,6 +94,11 @@ class Denoiser:
     def guidance(self) -> Literal["none", "cfg", "embedded"]:
         assert self.info is not None
         return self.info.guidance
+
+    def forget(self) -> None:
+        """Reuse nothing of the evaluations before: to be called when another batch begins, or its shape changes."""
+        if self._attention is not None:
+            self._attention.forget()
 
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
         """What this batch's images are conditioned on: [B, ...], or [2B, ...] when guided."""

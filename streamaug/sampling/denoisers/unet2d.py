@@ -108,6 +108,7 @@ class UNet2D(Denoiser):
             found.append(output)
             raise _Reached
 
+        self.forget()
         hook = self.network.mid_block.register_forward_hook(keep)
         try:
             # Uncompiled: the upper half of the network is not run.
@@ -116,6 +117,7 @@ class UNet2D(Denoiser):
             pass
         finally:
             hook.remove()
+            self.forget()
         side = min(_FEATURE_SIDE, *found[0].shape[2:])
         return F.adaptive_avg_pool2d(found[0], side).flatten(1)
 
