@@ -26,7 +26,7 @@ from streamaug.sampling.cascade import AtSize, SecondStage, load_second_stage
 from streamaug.sampling.denoisers import LoadSettings, ModelInfo, inspect, load, load_scheduler, timing
 from streamaug.sampling.latents import row_conditioning, start_latents
 from streamaug.sampling.sampler import Sampler
-from streamaug.sampling.schedulers import configured, make_scheduler
+from streamaug.sampling.solvers.schedulers import configured, make_scheduler
 
 STAGES = ("perturb", "sample", "decode", "judge", "emit")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -28,7 +28,7 @@ from streamaug.sampling import cascade
 from streamaug.sampling.conditioning import encode_prompts
 from streamaug.sampling.denoisers import FAMILIES, LoadSettings, ModelInfo, inspect, load
 from streamaug.sampling.execution import Execution, check_execution, decide, measure
-from streamaug.sampling.solver import schedule_of, solver_for
+from streamaug.sampling.solvers.table import schedule_of, solver_for
 from streamaug.training.classifiers import build_classifier
 
 log = logging.getLogger("streamaug")

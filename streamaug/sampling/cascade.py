@@ -16,7 +16,7 @@ from streamaug.sampling.denoisers import Denoiser, ModelInfo, Rows, load_schedul
 from streamaug.sampling.denoisers.base import saved_scheduler
 from streamaug.sampling.denoisers.deepfloyd_if import NOISING, UPSCALED, Base, SuperResolution, load_upscaler
 from streamaug.sampling.sampler import Sampler
-from streamaug.sampling.solver import schedule_of, solver_for
+from streamaug.sampling.solvers.table import schedule_of, solver_for
 
 # Philox streams of the second stage; those of the first are in `latents` and `sampler`.
 NOISING_STREAM = 2

@@ -16,8 +16,8 @@ from streamaug.orders import OrderBatch, Schedule
 from streamaug.sampling.denoisers.base import Conditioning, Denoiser, Rows, conditional_half
 from streamaug.sampling.graph import Graphs
 from streamaug.sampling.guidance import classifier_shift, combine
-from streamaug.sampling.solver import SolverTable, schedule_of, solver_for
-from streamaug.sampling.stepped import SteppedSolver
+from streamaug.sampling.solvers.stepped import SteppedSolver
+from streamaug.sampling.solvers.table import SolverTable, schedule_of, solver_for
 
 _log = logging.getLogger("streamaug")
 

@@ -19,8 +19,9 @@ from sampling.denoisers.tiny import consistency, deepfloyd_if, dit, flux, sd3, s
 from typer.testing import CliRunner
 
 from streamaug.cli import app
-from streamaug.sampling import denoisers, scheduler_table
-from streamaug.sampling.solver import SolverTable, solver_for
+from streamaug.sampling import denoisers
+from streamaug.sampling.solvers import page
+from streamaug.sampling.solvers.table import SolverTable, solver_for
 
 README = Path(__file__).parents[2] / "README.md"
 STEPS = 4
@@ -118,7 +119,7 @@ def families_table(folders: dict[str, Path]) -> str:
 
 def schedulers_table() -> str:
     found: dict[str, dict[str, None]] = {"fused": {}, "stepped": {}, "refused": {}}
-    for row in scheduler_table.rows():
+    for row in page.rows():
         setting = ", ".join(f"{key}={value}" for key, value in (row.config | row.options).items())
         name = row.name.removesuffix("Scheduler")
         if setting and row.runs == "fused":

@@ -11,8 +11,8 @@ from sampling.test_sampler import CONDITIONAL, SCHEDULERS, UNCONDITIONAL, adapte
 
 from streamaug.errors import ModelError
 from streamaug.sampling.sampler import Sampler
-from streamaug.sampling.schedulers import configured, make_scheduler
-from streamaug.sampling.stepped import SteppedSolver
+from streamaug.sampling.solvers.schedulers import configured, make_scheduler
+from streamaug.sampling.solvers.stepped import SteppedSolver
 
 NULL = 4
 STEPPED = DDIMScheduler(clip_sample=False, thresholding=True)  # dynamic thresholding fits no recurrence

@@ -14,7 +14,7 @@ from tiny import unet2d as tiny
 from streamaug.errors import ConfigError, MismatchError, ModelError
 from streamaug.sampling import denoisers
 from streamaug.sampling.sampler import Sampler
-from streamaug.sampling.solver import solver_for
+from streamaug.sampling.solvers.table import solver_for
 
 STEPS, SHAPE = 6, (3, 8, 8)
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

@@ -21,13 +21,13 @@ from scheduler_runs import difference, inputs, run_scheduler, run_table
 from streamaug.kernels.philox import normal
 
 from streamaug.errors import ModelError
-from streamaug.sampling.scheduler_table import NEED_TORCHSDE, STEPS, VARIANTS, Row, page, row
-from streamaug.sampling.schedulers import ALIASES, OTHER_JOBS, make_scheduler, scheduler_class, scheduler_names
-from streamaug.sampling.solver import solver_for
-from streamaug.sampling.stepped import SteppedSolver
+from streamaug.sampling.solvers.page import NEED_TORCHSDE, STEPS, VARIANTS, Row, page, row
+from streamaug.sampling.solvers.schedulers import ALIASES, OTHER_JOBS, make_scheduler, scheduler_class, scheduler_names
+from streamaug.sampling.solvers.stepped import SteppedSolver
+from streamaug.sampling.solvers.table import solver_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-DOCS = Path(__file__).parents[2] / "docs" / "schedulers.md"
+DOCS = Path(__file__).parents[3] / "docs" / "schedulers.md"
 
 
 def test_every_scheduler_class_is_among_the_names():
@@ -81,7 +81,7 @@ def test_the_documented_table_is_what_the_program_prints():
     """For the diffusers that it names; another one is covered by the test above."""
     written = DOCS.read_text()
     if f"diffusers {diffusers.__version__} runs" in written:
-        assert page() == written, "run: python -m streamaug.sampling.scheduler_table > docs/schedulers.md"
+        assert page() == written, "run: python -m streamaug.sampling.solvers.page > docs/schedulers.md"
     else:
         assert len(page().splitlines()) > 60
 

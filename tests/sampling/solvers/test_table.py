@@ -36,9 +36,9 @@ from scheduler_runs import difference, inputs, run_scheduler, run_table
 from streamaug.kernels.step import HISTORY, Column, step, used_columns
 
 from streamaug.errors import ModelError
-from streamaug.sampling import solver
-from streamaug.sampling.solver import NotFused, SolverTable, schedule_of, solver_for, solver_table
-from streamaug.sampling.stepped import SteppedSolver
+from streamaug.sampling.solvers import table
+from streamaug.sampling.solvers.stepped import SteppedSolver
+from streamaug.sampling.solvers.table import NotFused, SolverTable, schedule_of, solver_for, solver_table
 
 diffusers_logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -263,7 +263,7 @@ def test_a_scheduler_that_cannot_run_is_refused_with_the_reason(scheduler, messa
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_what_does_not_come_down_to_the_recurrence_is_stepped_and_said_once(scheduler, caplog, monkeypatch):
-    monkeypatch.setattr(solver, "_said", set())
+    monkeypatch.setattr(table, "_said", set())
     with pytest.raises(NotFused):
         solver_table(scheduler, 8)
     with caplog.at_level(logging.INFO, logger="streamaug"):

@@ -1,6 +1,6 @@
 """The page that says how every scheduler of the installed diffusers runs here: fused, stepped or refused, and why.
 
-python -m streamaug.sampling.scheduler_table > docs/schedulers.md
+python -m streamaug.sampling.solvers.page > docs/schedulers.md
 """
 
 import logging
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamaug.errors import ModelError
-from streamaug.sampling.schedulers import ALIASES, OTHER_JOBS, scheduler_class, scheduler_names
-from streamaug.sampling.solver import NotFused, SolverTable, solver_for, solver_table
+from streamaug.sampling.solvers.schedulers import ALIASES, OTHER_JOBS, scheduler_class, scheduler_names
+from streamaug.sampling.solvers.table import NotFused, SolverTable, solver_for, solver_table
 
 STEPS = 10
 
@@ -42,7 +42,7 @@ _PAGE = """\
 # Schedulers
 
 How each scheduler of diffusers {version} runs, read off {steps} steps of its own `step` by
-`python -m streamaug.sampling.scheduler_table`; a test keeps this page as the program prints it.
+`python -m streamaug.sampling.solvers.page`; a test keeps this page as the program prints it.
 
 - **fused**: the step comes down to a short recurrence, which one kernel runs together with guidance.
 - **stepped**: `scheduler.step` itself runs, with our noise: slower, the same images. The log says so once.

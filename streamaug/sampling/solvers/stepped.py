@@ -11,9 +11,9 @@ import torch
 
 from streamaug.errors import ModelError
 from streamaug.kernels.philox import normal
-from streamaug.sampling.driver import Driver, learned_variance
-from streamaug.sampling.probe import probe
-from streamaug.sampling.schedulers import setting
+from streamaug.sampling.solvers.driver import Driver, learned_variance
+from streamaug.sampling.solvers.probe import probe
+from streamaug.sampling.solvers.schedulers import setting
 
 
 class SteppedSolver:

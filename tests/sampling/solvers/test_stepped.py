@@ -22,8 +22,8 @@ from scheduler_runs import SHAPE, difference, inputs, run_scheduler
 from streamaug.kernels.philox import normal
 
 from streamaug.errors import ModelError
-from streamaug.sampling.solver import SolverTable, solver_for
-from streamaug.sampling.stepped import SteppedSolver
+from streamaug.sampling.solvers.stepped import SteppedSolver
+from streamaug.sampling.solvers.table import SolverTable, solver_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.tensor([11, -3])

@@ -16,7 +16,7 @@ import torch
 
 from streamaug.errors import ModelError, nearest
 from streamaug.orders import Schedule
-from streamaug.sampling.schedulers import kind, refuse_other_jobs, setting
+from streamaug.sampling.solvers.schedulers import kind, refuse_other_jobs, setting
 
 Noise = Callable[[torch.Size], torch.Tensor]
 

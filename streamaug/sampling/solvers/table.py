@@ -20,10 +20,10 @@ import torch
 
 from streamaug.errors import ModelError
 from streamaug.kernels.step import HISTORY, Column
-from streamaug.sampling.driver import Driver, learned_variance, schedule_of
-from streamaug.sampling.probe import Probe, probe
-from streamaug.sampling.schedulers import make_scheduler, setting
-from streamaug.sampling.stepped import SteppedSolver
+from streamaug.sampling.solvers.driver import Driver, learned_variance, schedule_of
+from streamaug.sampling.solvers.probe import Probe, probe
+from streamaug.sampling.solvers.schedulers import make_scheduler, setting
+from streamaug.sampling.solvers.stepped import SteppedSolver
 
 __all__ = ["NotFused", "SolverTable", "SteppedSolver", "make_scheduler", "schedule_of", "solver_for", "solver_table"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from streamaug.errors import ModelError
-from streamaug.sampling.driver import Driver
-from streamaug.sampling.schedulers import kind, setting
+from streamaug.sampling.solvers.driver import Driver
+from streamaug.sampling.solvers.schedulers import kind, setting
 
 
 @dataclass(frozen=True)
