@@ -25,7 +25,7 @@ from streamaug.training.trainer import TrainResult
 
 FULL_SEEDS = 20
 _SEED_SPACE = 1 << 32  # order batches a seed may use; keeps the ids of seeds apart
-_PICTURE_DEPTHS = (0.25, 0.5, 0.75)
+_PICTURE_DEPTHS = (0.4, 0.6, 0.8)
 
 
 @dataclass

@@ -50,7 +50,7 @@ class StreamStats:
 class Recorder:
     """Counts what arrives and what is delivered."""
 
-    TIMELINE = 8_192  # batches remembered
+    TIMELINE = 1 << 15  # batches remembered
     RECENT = 64  # batches whose rate counts
     WAITS = 4_096  # calls of take remembered
 
