@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from streamaug.errors import ModelError
-from streamaug.sampling.denoisers.base import ModelInfo, load_network, read_json
+from streamaug.sampling.denoisers.base import LoadSettings, ModelInfo, load_network, read_json
 
 _PIXELS_AT_ONCE = 1 << 20  # encoded together: a few GiB of activations in fp32
 
@@ -49,30 +49,23 @@ class Autoencoder:
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
 
-def load_autoencoder(
-    info: ModelInfo,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    variant: str | None = None,
-    tiny: Path | None = None,
-    channels_last: bool = False,
-) -> Autoencoder:
-    """The folder's `vae`, or the AutoencoderTiny in the folder `tiny`.
+def load_autoencoder(info: ModelInfo, settings: LoadSettings) -> Autoencoder:
+    """The folder's `vae`, or the AutoencoderTiny of `settings.tiny_vae`.
 
     A KL autoencoder whose configuration says `force_upcast` overflows in fp16 and runs in fp32. Raises ModelError,
     also for a tiny one of another latent or image shape than the model's.
     """
     import diffusers
 
-    if tiny is not None:
-        return Autoencoder(_load_tiny(info, tiny, dtype), device, channels_last=channels_last)
+    device, dtype, channels_last = settings.device, settings.dtype, settings.channels_last
+    if settings.tiny_vae is not None:
+        return Autoencoder(_load_tiny(info, settings.tiny_vae, dtype), device, channels_last=channels_last)
     name = read_json(info.path, "vae/config.json").get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ModelError(
             f"{info.path}: the autoencoder {name} is not supported; supported: AutoencoderKL, AutoencoderTiny"
         )
-    vae = load_network(getattr(diffusers, name), info, "vae", dtype=dtype, variant=variant)
+    vae = load_network(getattr(diffusers, name), info, "vae", dtype=dtype, variant=settings.variant)
     if dtype == torch.float16 and vae.config.get("force_upcast"):
         vae = vae.to(torch.float32)
     return Autoencoder(vae, device, channels_last=channels_last)
@@ -112,7 +105,7 @@ def encoder(info: ModelInfo, device: torch.device, variant: str | None = None) -
 
     The weights are read at its first call: a bank that is complete needs none.
     """
-    loaded = cache(lambda: load_autoencoder(info, device=device, dtype=torch.float32, variant=variant))
+    loaded = cache(lambda: load_autoencoder(info, LoadSettings(device, channels_last=False, variant=variant)))
 
     def encode(images: np.ndarray) -> torch.Tensor:
         at_once = max(1, _PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))

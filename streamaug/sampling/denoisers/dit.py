@@ -58,14 +58,7 @@ def load(info: ModelInfo, settings: LoadSettings) -> "DiT":
     from diffusers import DiTTransformer2DModel
 
     network = load_network(DiTTransformer2DModel, info, "transformer", dtype=settings.dtype, variant=settings.variant)
-    vae = load_autoencoder(
-        info,
-        device=settings.device,
-        dtype=settings.dtype,
-        variant=settings.variant,
-        tiny=settings.tiny_vae,
-        channels_last=settings.channels_last,
-    )
+    vae = load_autoencoder(info, settings)
     return DiT(network, info, settings, vae)
 
 

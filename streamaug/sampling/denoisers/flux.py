@@ -71,14 +71,7 @@ def load(info: ModelInfo, settings: LoadSettings) -> "Flux":
     from diffusers import FluxTransformer2DModel
 
     network = load_network(FluxTransformer2DModel, info, "transformer", dtype=settings.dtype, variant=settings.variant)
-    vae = load_autoencoder(
-        info,
-        device=settings.device,
-        dtype=settings.dtype,
-        variant=settings.variant,
-        tiny=settings.tiny_vae,
-        channels_last=settings.channels_last,
-    )
+    vae = load_autoencoder(info, settings)
     return Flux(network, info, settings, vae)
 
 

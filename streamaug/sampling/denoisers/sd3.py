@@ -78,14 +78,7 @@ def load(info: ModelInfo, settings: LoadSettings) -> "StableDiffusion3":
     from diffusers import SD3Transformer2DModel
 
     network = load_network(SD3Transformer2DModel, info, "transformer", dtype=settings.dtype, variant=settings.variant)
-    vae = load_autoencoder(
-        info,
-        device=settings.device,
-        dtype=settings.dtype,
-        variant=settings.variant,
-        tiny=settings.tiny_vae,
-        channels_last=settings.channels_last,
-    )
+    vae = load_autoencoder(info, settings)
     return StableDiffusion3(network, info, settings, vae)
 
 

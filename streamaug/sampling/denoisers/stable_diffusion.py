@@ -161,14 +161,7 @@ def load_parts(
     from diffusers import UNet2DConditionModel
 
     network = load_network(UNet2DConditionModel, info, "unet", dtype=settings.dtype, variant=settings.variant)
-    vae = load_autoencoder(
-        info,
-        device=settings.device,
-        dtype=settings.dtype,
-        variant=settings.variant,
-        tiny=settings.tiny_vae,
-        channels_last=settings.channels_last,
-    )
+    vae = load_autoencoder(info, settings)
     prompts = None if settings.prompts is None else PromptTable.load(settings.prompts, settings.device, settings.dtype)
     return network, info, settings, vae, prompts
 

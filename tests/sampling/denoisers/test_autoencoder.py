@@ -8,8 +8,8 @@ import torch
 from tiny.stable_diffusion import autoencoder, build, tiny_autoencoder
 
 from streamaug.errors import ModelError
+from streamaug.sampling.denoisers import LoadSettings, inspect
 from streamaug.sampling.denoisers import autoencoder as module
-from streamaug.sampling.denoisers import inspect
 from streamaug.sampling.denoisers.autoencoder import encoder, load_autoencoder
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_a_row_is_the_scaled_mode_of_its_image_however_many_are_encoded_together
 )
 def test_scaling_by_shift_or_statistics_is_undone_by_decoding(folder, scaling):
     rewrite(folder, "vae/config.json", **scaling)
-    ours = load_autoencoder(inspect(folder), device=CPU, dtype=torch.float32, channels_last=True)
+    ours = load_autoencoder(inspect(folder), LoadSettings(CPU))
     vae = autoencoder()
     plain = vae.encode(PIXELS).latent_dist.mode()
     latents = ours.encode(PIXELS)
@@ -58,7 +58,7 @@ def test_scaling_by_shift_or_statistics_is_undone_by_decoding(folder, scaling):
 def test_an_autoencoder_that_overflows_in_half_precision_runs_in_full(folder):
     def dtype_inside(force_upcast):
         rewrite(folder, "vae/config.json", force_upcast=force_upcast)
-        return load_autoencoder(inspect(folder), device=CPU, dtype=torch.float16).vae.dtype
+        return load_autoencoder(inspect(folder), LoadSettings(CPU, torch.float16)).vae.dtype
 
     assert dtype_inside(True) == torch.float32
     assert dtype_inside(False) == torch.float16
@@ -72,11 +72,11 @@ def test_a_model_with_a_tiny_autoencoder_of_its_own_encodes_and_decodes_with_it(
     assert info.image_shape == (3, 32, 32)
     latents = encoder(info, CPU)(IMAGES)
     torch.testing.assert_close(latents, vae.encode(PIXELS).latents, atol=1e-5, rtol=1e-5)
-    images = load_autoencoder(info, device=CPU, dtype=torch.float32).decode(latents)
+    images = load_autoencoder(info, LoadSettings(CPU, channels_last=False)).decode(latents)
     torch.testing.assert_close(images, vae.decode(latents).sample, atol=1e-5, rtol=1e-5)
 
 
 def test_an_autoencoder_of_another_class_is_refused(folder):
     rewrite(folder, "vae/config.json", _class_name="VQModel")
     with pytest.raises(ModelError, match="VQModel is not supported; supported: AutoencoderKL, AutoencoderTiny"):
-        load_autoencoder(inspect(folder), device=CPU, dtype=torch.float32)
+        load_autoencoder(inspect(folder), LoadSettings(CPU))
