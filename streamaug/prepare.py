@@ -240,7 +240,7 @@ def make_judge(config: Config, labelled: ImageSet, seed: int, features: Features
     if config.judge.weights is None:
         return fit_judge(config, labelled, seed, features)
     judge = build_judge(config, len(labelled.class_names), features)
-    pixels = judge.classifier.classifier if isinstance(judge.classifier, Probed) else judge.classifier
+    pixels = Probed.pixels(judge.classifier)
     path = config.judge.weights
     try:
         pixels.load_state_dict(load_file(path))

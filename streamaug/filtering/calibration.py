@@ -34,7 +34,7 @@ def fit_judge(config: Config, labelled: ImageSet, seed: int, features: Features 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = build_judge(config, len(labelled.class_names), features)
-        pixels = judge.classifier.classifier if isinstance(judge.classifier, Probed) else judge.classifier
+        pixels = Probed.pixels(judge.classifier)
         settings = config.train.model_copy(update={"steps": config.judge.steps, "lr": config.judge.lr})
         train(pixels, _batches(labelled, settings.batch_size, seed), settings, seed=seed)
         fit_probe(config, judge, labelled, seed)

@@ -21,7 +21,10 @@ _STEPS, _BATCH, _LR, _WEIGHT_DECAY, _LABEL_SMOOTHING = 200, 128, 2e-3, 0.1, 0.1
 
 @dataclass(frozen=True)
 class Features:
-    """What the denoiser makes of an image [B, C, H, W] in [0, 1] at a timestep: fp32 [B, size]."""
+    """What the denoiser makes of an image [B, C, H, W] in [0, 1] at a timestep: fp32 [B, size], where the image is.
+
+    The trainer fits its judge on the CPU, whatever device the denoiser runs on.
+    """
 
     denoiser: Denoiser
     timestep: float
@@ -32,7 +35,8 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return self.denoiser.features(images * 2 - 1, self.timestep).float()
+        found = self.denoiser.features((images * 2 - 1).to(self.denoiser.device), self.timestep)
+        return found.to(images.device, torch.float32)
 
 
 class Probed(nn.Module):
@@ -57,6 +61,11 @@ class Probed(nn.Module):
         probe = self.probe((self.features(images) - self.mean) / self.std)
         mean = torch.softmax(self.classifier(images).float(), 1) + torch.softmax(probe, 1)
         return torch.log(mean / 2)
+
+    @staticmethod
+    def pixels(classifier: nn.Module) -> nn.Module:
+        """The classifier of pixels alone, with or without a probe beside it."""
+        return classifier.classifier if isinstance(classifier, Probed) else classifier
 
     def fit_probe(self, images: torch.Tensor, labels: torch.Tensor, config: AugmentConfig, seed: int) -> None:
         """Fit the probe on augmented copies of images [N, C, H, W] in [0, 1]: same arguments, same probe."""
