@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from streamaug.config import load as load
     from streamaug.data import ImageSet as ImageSet
     from streamaug.errors import StreamaugError as StreamaugError
+    from streamaug.inverting import invert as invert
     from streamaug.loader import StreamLoader as StreamLoader
     from streamaug.orders import OrderBatch as OrderBatch
     from streamaug.orders import Planner as Planner
-    from streamaug.prepare import prepare as prepare
+    from streamaug.preparation import prepare as prepare
     from streamaug.sampling.sampler import Sampler as Sampler
     from streamaug.stream import Stream as Stream
 
@@ -39,8 +40,9 @@ _PUBLIC = {
     "Stream": "streamaug.stream",
     "StreamLoader": "streamaug.loader",
     "StreamaugError": "streamaug.errors",
+    "invert": "streamaug.inverting",
     "load": "streamaug.config",
-    "prepare": "streamaug.prepare",
+    "prepare": "streamaug.preparation",
 }
 __all__ = sorted(_PUBLIC)
 

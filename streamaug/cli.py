@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 something failed, 2 what was given cannot be used, 130 int
 import errno
 import json
 import logging
-import math
 import os
 import signal
 import tempfile
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from streamaug.bank.cli import bank_app
 from streamaug.errors import StreamaugError, UsageError
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-
-PREVIEW_BATCHES = 8
+app.add_typer(bank_app, name="bank")
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a bundled configuration.")
@@ -189,50 +188,53 @@ def train(
 def invert(
     config: ConfigArgument,
     out: Annotated[Path | None, typer.Option(help="Folder for the bank; default: bank.path.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure one group and say what the whole job takes; write no bank.")
+    ] = False,
     overrides: SetOption = None,
 ) -> None:
     """Invert the real images into a latent bank. Interrupted, it goes on where it stopped."""
     settings = _load(config, overrides, {"bank.path": str(out) if out else None})
     from streamaug.demo.view import make_view
-    from streamaug.prepare import prepare
+    from streamaug.inverting import estimate_configured, invert_configured
 
     with make_view() as view:
-        prepared = prepare(settings, progress=view)
-    typer.echo(f"Bank: {prepared.bank.path} ({prepared.bank.num_rows} images)")
+        if dry_run:
+            estimate = estimate_configured(settings, progress=view)
+        else:
+            bank = invert_configured(settings, progress=view)
+    if dry_run:
+        typer.echo(str(estimate))
+    else:
+        typer.echo(f"Bank: {bank.path} ({bank.num_rows} images)")
 
 
-@app.command(epilog="Example: streamaug preview digits --out preview.png --count 32")
+@app.command(epilog="Example: streamaug preview digits --out preview.png --recipe noise")
 def preview(
     config: ConfigArgument,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
     count: Annotated[int, typer.Option(min=1, max=1024, help="How many images to show.")] = 32,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Show one recipe at increasing strength: its position in the configuration, or its kind."),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Draw what the stream would deliver: each image with its class, its depth and the judge's score."""
+    """Draw what the stream would deliver, or what one recipe does to real images at increasing strength."""
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a file name that ends in .png")
     if out.is_dir():
         raise UsageError(f"--out {out}: a folder, expected the name of the PNG to write")
     settings = _load(config, overrides)
-    # A batch has one depth: small batches show several.
-    size = min(settings.stream.batch_size, math.ceil(count / PREVIEW_BATCHES))
-    stream_settings = settings.stream.model_copy(update={"batch_size": size, "starved": "wait"})
-    settings = settings.model_copy(update={"stream": stream_settings})
     _need_folder(out.parent)
-    from streamaug.demo.pictures import preview_png
     from streamaug.demo.view import make_view
-    from streamaug.prepare import prepare
-    from streamaug.stream import Stream
+    from streamaug.preview import draw_delivered, draw_recipe
 
     with make_view() as view:
-        prepared = prepare(settings, progress=view)
-        view.phase("making images", total=count)
-        with Stream.from_prepared(prepared) as stream:
-            batch = stream.take(count)
-        steps = prepared.planner.schedule.steps
-        judged = prepared.judge is not None
-        preview_png(batch, out, class_names=prepared.class_names, steps=steps, judged=judged)
-    typer.echo(f"Picture: {out} ({len(batch.labels)} images)")
+        drawn = (
+            draw_delivered(settings, out, count, view) if recipe is None else draw_recipe(settings, out, recipe, view)
+        )
+    typer.echo(f"Picture: {out} ({drawn} images)")
 
 
 @app.command(epilog="Example: streamaug doctor digits --set stream.batch_size=256")

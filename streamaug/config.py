@@ -47,12 +47,30 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+# Every named source, and what its `root` is; None where there is none.
+SOURCES: dict[str, str | None] = {
+    "digits": None,  # scikit-learn's handwritten digits
+    "classes": None,  # no images, only class names: for models that know them
+    "folder": "a folder with one folder of images per class",
+    "idx": "a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte and the same for t10k (MNIST's format)",
+    "huggingface": "a folder written by datasets' save_to_disk",
+    "webdataset": "a folder of .tar shards, or one shard",
+}
+
+
 class DataConfig(Section):
     """The labelled real images: where they come from and how they become [C, H, W] uint8."""
 
-    source: Literal["digits", "folder"] = "digits"
-    root: ConfigPath | None = None  # source "folder": one folder of images per class
-    test_root: ConfigPath | None = None  # source "folder": held-out images, same class folders
+    source: str = "digits"  # one of SOURCES, or the import path of a data set class, "torchvision.datasets.CIFAR10"
+    root: ConfigPath | None = None  # where the images are: what is expected there depends on the source
+    test_root: ConfigPath | None = None  # sources with a root: held-out images, of the same classes
+    options: dict[str, Any] = {}  # data set class: arguments of its constructor
+    test_options: dict[str, Any] | None = None  # data set class: arguments that give the held-out images
+    image_key: str | None = None  # huggingface, webdataset: where a sample keeps its image; null: found
+    label_key: str | None = None  # huggingface, webdataset: where it keeps its label; null: found
+    class_names: list[str] | None = None  # classes: their names; others: names where the data have only numbers
     image_size: Annotated[int, Field(ge=1)] = 8  # pixels a side, after `fit`
     channels: Literal[1, 3] = 1
     fit: Literal["crop", "letterbox", "stretch"] = "crop"
@@ -62,9 +80,28 @@ class DataConfig(Section):
     max_bad: Annotated[int, Field(ge=0)] = 10  # unreadable files tolerated before stopping
 
     @model_validator(mode="after")
-    def _folder_has_root(self) -> "DataConfig":
-        if self.source == "folder" and self.root is None:
-            raise ValueError("source 'folder' needs root: a folder with one folder of images per class")
+    def _source_has_what_it_reads(self) -> "DataConfig":
+        if self.source not in SOURCES and not _IMPORT_PATH.fullmatch(self.source):
+            raise ValueError(
+                f"source {self.source!r}{nearest(self.source, SOURCES)}; accepted: {', '.join(SOURCES)}, or the import "
+                "path of a data set class such as torchvision.datasets.CIFAR10"
+            )
+        expected = SOURCES.get(self.source)
+        if expected is not None and self.root is None:
+            raise ValueError(f"source '{self.source}' needs root: {expected}")
+        takers = {
+            "test_root": [name for name, what in SOURCES.items() if what] + ["an import path"],
+            "options": ["an import path"],
+            "test_options": ["an import path"],
+            "image_key": ["huggingface", "webdataset"],
+            "label_key": ["huggingface", "webdataset"],
+        }
+        kind = self.source if self.source in SOURCES else "an import path"
+        for key, sources in takers.items():
+            if getattr(self, key) and kind not in sources:
+                raise ValueError(f"source '{self.source}' does not use {key}; it belongs to: {', '.join(sources)}")
+        if self.source == "classes" and not self.class_names:
+            raise ValueError("source 'classes' needs class_names: the classes that the model is to make images of")
         return self
 
 
@@ -110,39 +147,106 @@ class ModelConfig(Section):
 
 
 class PriorConfig(Section):
-    """A small UNet2DModel trained on the images without their labels when no model is given."""
+    """A small UNet2DModel trained on the images when no model is given."""
 
     channels: list[int] = [32, 64]  # width of each resolution level
     steps: Annotated[int, Field(ge=1)] = 900
     batch_size: Annotated[int, Field(ge=1)] = 128
     lr: Annotated[float, Field(gt=0)] = 2e-3
+    labels: bool = False  # class-conditional: told the labelled images' classes, and "no class" for all others
     seed: Seed = 0
 
 
+class DdimConfig(Section):
+    """The `ddim` method: the solver run backwards, from the image to the noise it comes from."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # of the reverse pass; null: model.steps
+    depth: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the schedule that is run backwards
+    iterations: Annotated[int, Field(ge=0)] = 5  # fixed-point iterations a step; 0 takes each step as it comes
+    guidance: Annotated[float, Field(ge=0)] = 1.0  # classifier-free guidance scale of the reverse pass
+
+
+class EmbeddingConfig(Section):
+    """The `embedding` method: Diffusion Inversion (Zhou et al. 2023), one conditioning matrix for each image."""
+
+    tokens: Annotated[int, Field(ge=1)] = 5  # rows of the matrix, for models that take tokens
+    visits: Annotated[int, Field(ge=1)] = 3000  # how often each image is looked at, at most
+    batch_size: Annotated[int, Field(ge=1)] = 50
+    group_rows: Annotated[int, Field(ge=1)] = 100  # images optimised together; their mean is the unconditional vector
+    lr: Annotated[float, Field(gt=0)] = 3e-2
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    patience: Annotated[int, Field(ge=0)] = 300  # visits without a lower loss that end a group early; 0 never
+    checkpoint_every: Annotated[int, Field(ge=1)] = 200  # optimizer steps between two savings of an unfinished group
+
+
+Method = Literal["encode", "ddim", "embedding", "prompt"]
+
+
 class BankConfig(Section):
+    """The latent bank: how the labelled images are inverted and where the rows are kept."""
+
     path: ConfigPath | None = None  # null keeps the bank in the cache, named by what it was made from
-    method: Literal["encode"] = "encode"
+    methods: Annotated[list[Method], Field(min_length=1)] = ["encode"]  # what each row holds; "prompt" alone: nothing
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     shard_rows: Annotated[int, Field(ge=1)] = 4096
+    device: Literal["auto", "mapped", "memory", "cuda"] = "auto"  # where a producer keeps it; auto: what has room
+    score: bool = False  # also store the judge's score of what each row gives back
+    ddim: DdimConfig = DdimConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+
+    @model_validator(mode="after")
+    def _each_method_once(self) -> "BankConfig":
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods names one twice: {', '.join(self.methods)}")
+        return self
 
 
 class Recipe(Section):
-    """One way to vary a real image; a batch of orders uses one recipe, drawn by weight."""
+    """One way to vary a real image; a batch of orders uses one recipe, drawn by weight.
 
-    kind: Literal["noise", "interpolate", "generate"]
+    noise: the image is noised to a depth and painted again (SDEdit). latent_noise: noise is mixed into its inverted
+    latent. interpolate: two images' latents are mixed, as images noised to a depth or as inverted latents. embedding:
+    fresh noise under c_i + alpha (c_j - c_i) + lambd noise of inverted embeddings (Diffusion Inversion). prompt: fresh
+    noise, told the class alone.
+    """
+
+    kind: Literal["noise", "latent_noise", "interpolate", "embedding", "prompt"]
     weight: Annotated[float, Field(ge=0)] = 1.0
-    depth: Range = (0.2, 0.5)  # share of the noise schedule that is run, in (0, 1]
+    classes: Annotated[list[str], Field(min_length=1)] | None = None  # only for these; null: for all
+    depth: Range = (0.2, 0.5)  # noise, interpolate: share of the noise schedule that is run, in (0, 1]
+    strength: Range = (0.1, 0.4)  # latent_noise: share of noise in the inverted latent
+    latents: Literal["image", "inverted"] = "image"  # interpolate: what is mixed
+    mode: Literal["linear", "spherical", "circle"] = "linear"  # interpolate: how the two anchors combine
+    pairs: Literal["same", "nearest", "mixed"] = "same"  # the partner: of the class, its neighbour there, of another
+    neighbours: Annotated[int, Field(ge=1)] = 5  # pairs "nearest": how many of the nearest are drawn from
+    t: Range = (0.0, 0.5)  # interpolate: weight of the partner; on the circle, the share of it that is gone round
+    alpha: Range = (0.1, 0.1)  # embedding: weight of the partner
+    lambd: Range = (0.1, 0.1)  # embedding: weight of the noise
     conditioning: Literal["label", "embedding"] = "label"  # what the network is told: class or prompt, or bank rows
-    mode: Literal["linear", "spherical"] = "linear"  # interpolate: how the two anchors combine
-    t: Range = (0.0, 0.5)  # interpolate: weight of the partner
     guidance: Range = (1.0, 1.0)  # classifier-free guidance scale; 1 is off
     classifier_guidance: Range = (0.0, 0.0)  # scale of the judge's gradient; 0 is off
+
+    @property
+    def rows(self) -> Literal["latent", "inverted"] | None:
+        """The bank's tensor that images of this recipe start from; None for fresh noise."""
+        if self.kind in ("embedding", "prompt"):
+            return None
+        inverted = self.kind == "latent_noise" or (self.kind == "interpolate" and self.latents == "inverted")
+        return "inverted" if inverted else "latent"
+
+    @property
+    def by_embedding(self) -> bool:
+        """Whether the network is told the bank's inverted embeddings."""
+        return self.kind == "embedding" or self.conditioning == "embedding"
 
     @model_validator(mode="after")
     def _ranges(self) -> "Recipe":
         bounds = {
             "depth": (0.0, 1.0),
+            "strength": (0.0, 1.0),
             "t": (0.0, 1.0),
+            "alpha": (0.0, 1.0),
+            "lambd": (0.0, 10.0),
             "guidance": (0.0, 100.0),
             "classifier_guidance": (0.0, 1000.0),
         }
@@ -153,6 +257,31 @@ class Recipe(Section):
         if self.depth[1] <= 0:
             raise ValueError("depth must reach above 0: at depth 0 nothing is generated")
         return self
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> "Recipe":
+        """Refuse a setting that this kind would pass over in silence."""
+        given = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        for name in sorted(given - _RECIPE_KEYS[self.kind] - _RECIPE_COMMON):
+            takers = [kind for kind, keys in _RECIPE_KEYS.items() if name in keys]
+            raise ValueError(f"kind '{self.kind}' takes no {name}; it belongs to: {', '.join(takers)}")
+        if self.kind == "interpolate" and self.mode == "circle" and self.latents == "image":
+            raise ValueError("mode circle goes round two inverted latents: set latents to inverted")
+        if self.kind == "interpolate" and self.mode == "circle" and self.pairs == "mixed":
+            raise ValueError("on a circle the share of each class is not t: set pairs to same or nearest")
+        if self.kind == "prompt" and self.conditioning == "embedding":
+            raise ValueError("kind 'prompt' has no bank row to take an embedding from: use kind embedding")
+        return self
+
+
+_RECIPE_COMMON = {"kind", "weight", "classes", "conditioning", "guidance", "classifier_guidance"}
+_RECIPE_KEYS = {
+    "noise": {"depth"},
+    "latent_noise": {"strength"},
+    "interpolate": {"depth", "latents", "mode", "pairs", "neighbours", "t"},
+    "embedding": {"alpha", "lambd", "pairs", "neighbours"},
+    "prompt": set(),
+}
 
 
 class JudgeConfig(Section):

@@ -126,8 +126,11 @@ class Engine:
             if self.second_stage is not None:
                 images = self.second_stage(images, order, rows, on_evaluation=beat)
         with self._timed("judge"):
-            labels = torch.from_numpy(order.images["label"].copy()).to(self.device)
-            scores, reasons = self.judge.score(images, labels) if self.judge is not None else score_unjudged(images)
+            if self.judge is None:
+                scores, reasons = score_unjudged(images)
+            else:
+                both = (torch.from_numpy(order.images[name].copy()).to(self.device) for name in ("label", "label_b"))
+                scores, reasons = self.judge.score(images, *both)
         return images, scores, reasons
 
     def _emit(
@@ -160,7 +163,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def build(options: dict[str, Any]) -> Engine:
-    """The engine of a prepared configuration; `options` is plain data (`prepare.engine_options`)."""
+    """The engine of a prepared configuration; `options` is plain data (`Prepared.engine_options`)."""
     config = Config.model_validate(options["config"])
     device = resolve_device(config.model.device)
     dtype = _DTYPES.get(config.model.dtype) or (torch.float16 if device.type == "cuda" else torch.float32)

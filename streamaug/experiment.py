@@ -12,7 +12,7 @@ from streamaug.config import ArmConfig, Config, TrainConfig
 from streamaug.data import ImageDataset, ImageSet
 from streamaug.loader import StreamLoader
 from streamaug.outputs import write_json
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.stream import Stream
 from streamaug.training.classifiers import build_classifier
 from streamaug.training.trainer import TrainResult, forever, train
@@ -20,10 +20,13 @@ from streamaug.training.trainer import TrainResult, forever, train
 OnStep = Callable[[int, float | None], None]
 
 
-def real_batches(labelled: ImageSet, config: TrainConfig, seed: int) -> DataLoader:
-    """The DataLoader a user would have: one epoch is the whole run, images drawn with replacement."""
+def real_batches(labelled: ImageSet, config: TrainConfig, seed: int, *, soft: bool = False) -> DataLoader:
+    """The DataLoader a user would have: one epoch is the whole run, images drawn with replacement.
+
+    soft: labels as probabilities [B, C], which recipes that mix classes need.
+    """
     random = torch.Generator().manual_seed(seed)
-    dataset = ImageDataset(labelled)
+    dataset = ImageDataset(labelled, soft=soft)
     sampler = RandomSampler(dataset, replacement=True, num_samples=config.steps * config.batch_size, generator=random)
     return DataLoader(dataset, batch_size=config.batch_size, sampler=sampler)
 
@@ -62,7 +65,8 @@ def run_arm(
             image_size=config.data.image_size,
             num_classes=len(labelled.class_names),
         )
-        loader: Any = real_batches(labelled, settings, seed)
+        mixes = any(recipe.pairs == "mixed" for recipe in config.recipes)
+        loader: Any = real_batches(labelled, settings, seed, soft=mixes)
         if stream is not None:
             loader = StreamLoader(
                 loader,

@@ -5,17 +5,22 @@ one image again are all the same act: send the order again.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from streamaug.config import Recipe
-from streamaug.errors import DataError
+from streamaug.errors import DataError, nearest
 
 _WORD = 2**64 - 1
 INTERP_NONE, INTERP_LINEAR, INTERP_SPHERICAL, INTERP_CIRCLE = range(4)
+_INTERP = {"linear": INTERP_LINEAR, "spherical": INTERP_SPHERICAL, "circle": INTERP_CIRCLE}
+
+# The bank's tensors that an order's rows can be of; `OrderBatch.origin` is the index.
+ORIGINS = ("latent", "inverted")
 
 ORDER_DTYPE = np.dtype(
     [
@@ -34,7 +39,9 @@ ORDER_DTYPE = np.dtype(
         ("classifier_guidance", "<f4"),  # scale of the judge's gradient, 0 is off
     ]
 )
-HEAD_DTYPE = np.dtype([("k", "<i8"), ("start", "<i8"), ("plan_version", "<i8"), ("judge_version", "<i8")])
+HEAD_DTYPE = np.dtype(
+    [("k", "<i8"), ("start", "<i8"), ("plan_version", "<i8"), ("judge_version", "<i8"), ("origin", "<i8")]
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,9 @@ class OrderBatch:
     """B orders that are executed together: one shape and one number of solver steps.
 
     `start` is the solver step at which the images enter the schedule; `images` is a structured array [B] of
-    ORDER_DTYPE. For spherical and circle interpolation `latent_w` is (signal scale, 0, noise scale): the producer
-    measures the angle from the bank in float64 and fills the first two.
+    ORDER_DTYPE; `origin` is the index into ORIGINS of the bank's tensor that the rows are of. For spherical and circle
+    interpolation `latent_w` is (signal scale, 0, noise scale): the producer measures the angle from the bank in float64
+    and fills the first two.
     """
 
     k: int
@@ -51,6 +59,7 @@ class OrderBatch:
     plan_version: int
     judge_version: int
     images: np.ndarray
+    origin: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,15 +71,15 @@ class OrderBatch:
     def write(self, buffer: memoryview) -> None:
         """Write into a buffer of `nbytes(len(self))` bytes."""
         head = np.frombuffer(buffer, HEAD_DTYPE, count=1)
-        head[0] = (self.k, self.start, self.plan_version, self.judge_version)
+        head[0] = (self.k, self.start, self.plan_version, self.judge_version, self.origin)
         np.frombuffer(buffer, ORDER_DTYPE, count=len(self), offset=HEAD_DTYPE.itemsize)[:] = self.images
 
     @classmethod
     def read(cls, buffer: memoryview, batch_size: int) -> "OrderBatch":
         """A copy of the batch that `write` put into the buffer."""
-        k, start, plan_version, judge_version = np.frombuffer(buffer, HEAD_DTYPE, count=1)[0].tolist()
+        k, start, plan_version, judge_version, origin = np.frombuffer(buffer, HEAD_DTYPE, count=1)[0].tolist()
         images = np.frombuffer(buffer, ORDER_DTYPE, count=batch_size, offset=HEAD_DTYPE.itemsize).copy()
-        return cls(k, start, plan_version, judge_version, images)
+        return cls(k, start, plan_version, judge_version, images, origin)
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,10 @@ class Schedule:
         run = min(max(round(depth * self.steps), 1), self.steps)
         return self.steps - run
 
+    def scale_of(self, start: int) -> float:
+        """Standard deviation of a latent at solver step `start`, of images whose own is 1."""
+        return self.initial_noise if start == 0 else float(np.hypot(self.signal[start], self.noise[start]))
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -116,9 +129,16 @@ class Planner:
         batch_size: int,
         seed: int,
         templates: int = 1,
+        class_names: Sequence[str] | None = None,
+        inverted_start: int = 0,
+        neighbours: np.ndarray | None = None,
     ):
-        """row_labels: int64 [R], the class of each bank row; templates: how many prompt wordings there are. Raises
-        DataError when a class has no rows and a recipe needs one."""
+        """Raises DataError when a recipe has a class without a bank row, or a class no recipe.
+
+        row_labels: int64 [R], the class of each bank row; templates: how many prompt wordings there are; class_names:
+        for recipes that name theirs; inverted_start: the solver step at which inverted latents enter; neighbours:
+        int [R, K], the rows of the same class nearest to each, nearest first, -1 where there are fewer.
+        """
         self.row_labels = np.asarray(row_labels, dtype=np.int64)
         self.num_classes = num_classes
         self.schedule = schedule
@@ -126,12 +146,22 @@ class Planner:
         self.batch_size = batch_size
         self.seed = seed
         self.templates = templates
-        self.rows_of = [np.flatnonzero(self.row_labels == label) for label in range(num_classes)]
+        self.inverted_start = inverted_start
+        self.neighbours = neighbours
+        by_class = np.argsort(self.row_labels, kind="stable")
+        bounds = np.searchsorted(self.row_labels[by_class], np.arange(num_classes + 1))
+        self.rows_of = [by_class[low:high] for low, high in itertools.pairwise(bounds)]
+        self._allowed = _allowed(self.recipes, num_classes, class_names)
         self._shares = np.cumsum([recipe.weight for recipe in self.recipes], dtype=np.float64)
         self._shares /= self._shares[-1]
-        empty = [label for label, rows in enumerate(self.rows_of) if len(rows) == 0]
-        if empty and any(recipe.kind != "generate" for recipe in self.recipes):
-            raise DataError(f"classes without a bank row: {empty}; every class needs at least one image")
+        for recipe, allowed in zip(self.recipes, self._allowed, strict=True):
+            empty = [label for label in np.flatnonzero(allowed).tolist() if len(self.rows_of[label]) == 0]
+            if empty and recipe.kind != "prompt":
+                raise DataError(
+                    f"classes without a bank row: {empty}; recipe '{recipe.kind}' needs an image of every one"
+                )
+            if recipe.kind in ("interpolate", "embedding") and recipe.pairs == "nearest" and neighbours is None:
+                raise DataError("pairs 'nearest' needs the table of neighbours (bank.neighbours.nearest_rows)")
 
     def uniform(self, version: int = 0) -> Weights:
         return Weights(version, np.ones(self.num_classes))
@@ -140,24 +170,29 @@ class Planner:
         """Hash of all that plans depend on besides k and the weights."""
         plan = {
             "recipes": [recipe.model_dump(mode="json") for recipe in self.recipes],
+            "allowed": [np.flatnonzero(allowed).tolist() for allowed in self._allowed],
             "signal": self.schedule.signal.tolist(),
             "noise": self.schedule.noise.tolist(),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "classes": self.num_classes,
             "templates": self.templates,
+            "inverted_start": self.inverted_start,
         }
-        rows = hashlib.sha256(self.row_labels.tobytes()).hexdigest()
-        return hashlib.sha256((json.dumps(plan, sort_keys=True) + rows).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+        for rows in (self.row_labels, self.neighbours):
+            if rows is not None:
+                digest.update(hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64).tobytes()).digest())
+        return digest.hexdigest()[:16]
 
     def batch(self, k: int, weights: Weights, judge_version: int = 0) -> OrderBatch:
         """The k-th batch of orders, B = `batch_size`, under the given weights."""
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed & _WORD, k & _WORD], dtype=np.uint64)))
         size = self.batch_size
-        recipe = self.recipes[int(np.searchsorted(self._shares, rng.random(), side="right"))]
-        start = 0 if recipe.kind == "generate" else self.schedule.start_of(rng.uniform(*recipe.depth))
+        recipe, class_weights = self._recipe(rng.random(), weights.classes)
+        start = self._start(rng, recipe)
 
-        labels = _systematic(rng, weights.classes, size)
+        labels = _systematic(rng, class_weights, size)
         rng.shuffle(labels)
         images = np.zeros(size, ORDER_DTYPE)
         images["id"] = k * size + np.arange(size)
@@ -166,18 +201,17 @@ class Planner:
         images["classifier_guidance"] = rng.uniform(*recipe.classifier_guidance, size)
         images["cond_w"] = (1.0, 0.0, 0.0)
         images["row_a"] = images["row_b"] = -1
-        t = rng.uniform(*recipe.t, size)
-        if recipe.conditioning == "embedding":
+        amount = rng.uniform(*_AMOUNT[recipe.kind](recipe), size)  # of the partner, or of noise
+        if recipe.by_embedding:
             images["template"] = -1
         elif self.templates > 1:
             images["template"] = rng.integers(self.templates, size=size)
 
-        if recipe.kind == "generate":
+        origin = ORIGINS.index(recipe.rows or "latent")
+        order = OrderBatch(k, start, weights.version, judge_version, images, origin)
+        if recipe.kind == "prompt":
             images["latent_w"] = (0.0, 0.0, self.schedule.initial_noise)
-            return OrderBatch(k, start, weights.version, judge_version, images)
-
-        signal, noise = self.schedule.signal[start], self.schedule.noise[start]
-        images["latent_w"] = (signal, 0.0, noise)
+            return order
         for label in np.unique(labels):
             at = np.flatnonzero(labels == label)
             rows = self.rows_of[label]
@@ -185,21 +219,159 @@ class Planner:
             chosen = _systematic(rng, row_weights, len(at))
             rng.shuffle(chosen)
             images["row_a"][at] = rows[chosen]
-            usable = np.flatnonzero(row_weights > 0)
-            if recipe.kind == "interpolate" and len(usable) > 1:
-                # A partner is another usable row of the class: its rank is drawn among the others.
-                rank = np.searchsorted(usable, chosen)
-                other = (rank + rng.integers(1, len(usable), len(at))) % len(usable)
-                images["row_b"][at] = rows[usable[other]]
+            if recipe.kind in ("interpolate", "embedding") and recipe.pairs == "same":
+                images["row_b"][at] = _partners(rng, rows, row_weights, chosen)
+        if recipe.kind in ("interpolate", "embedding") and recipe.pairs == "nearest":
+            images["row_b"] = self._neighbours(rng, images["row_a"], recipe.neighbours, weights.rows)
+        elif recipe.kind in ("interpolate", "embedding") and recipe.pairs == "mixed":
+            images["row_b"] = self._others(rng, labels, class_weights, weights.rows)
+        _mix(images, recipe, amount, start, self.schedule, rng)
         paired = images["row_b"] >= 0
-        images["t"][paired] = t[paired]
-        if recipe.mode == "spherical":
-            images["interp"][paired] = INTERP_SPHERICAL
-        else:
-            images["interp"][paired] = INTERP_LINEAR
-            images["latent_w"][paired, 0] = signal * (1 - t[paired])
-            images["latent_w"][paired, 1] = signal * t[paired]
-        return OrderBatch(k, start, weights.version, judge_version, images)
+        if recipe.pairs == "mixed":
+            images["label_b"][paired] = self.row_labels[images["row_b"][paired]]
+            images["label_mix"][paired] = amount[paired]
+        return order
+
+    def _recipe(self, draw: float, classes: np.ndarray) -> tuple[Recipe, np.ndarray]:
+        """The recipe at `draw` in [0, 1), and the weights of the classes in its batches, float64 [C].
+
+        Over many batches every class gets its weight's share of images, and in each class the recipes that are for it
+        get theirs.
+        """
+        if all(allowed.all() for allowed in self._allowed):
+            return self.recipes[int(np.searchsorted(self._shares, draw, side="right"))], classes
+        joint = np.stack(
+            [recipe.weight * allowed for recipe, allowed in zip(self.recipes, self._allowed, strict=True)]
+        )  # [recipes, C]
+        joint *= classes / joint.sum(0)
+        shares = np.cumsum(joint.sum(1))
+        if not shares[-1] > 0:
+            raise DataError("nothing can be ordered: every weight is 0")
+        chosen = int(np.searchsorted(shares / shares[-1], draw, side="right"))
+        return self.recipes[chosen], joint[chosen]
+
+    def _start(self, rng: np.random.Generator, recipe: Recipe) -> int:
+        if recipe.rows is None:
+            return 0
+        return self.inverted_start if recipe.rows == "inverted" else self.schedule.start_of(rng.uniform(*recipe.depth))
+
+    def _neighbours(
+        self, rng: np.random.Generator, row_a: np.ndarray, count: int, row_weights: np.ndarray | None
+    ) -> np.ndarray:
+        """One of the `count` nearest usable rows of each row, int64 [B]; -1 where there is none."""
+        assert self.neighbours is not None
+        near = self.neighbours[row_a].astype(np.int64)  # [B, K]
+        usable = near >= 0
+        if row_weights is not None:
+            usable &= row_weights[near] > 0
+        usable &= np.cumsum(usable, 1) <= count
+        number = usable.sum(1)
+        rank = np.floor(rng.random(len(row_a)) * number)
+        at = np.argmax(usable & (np.cumsum(usable, 1) == rank[:, None] + 1), 1)
+        return np.where(number > 0, near[np.arange(len(row_a)), at], -1)
+
+    def _others(
+        self, rng: np.random.Generator, labels: np.ndarray, classes: np.ndarray, row_weights: np.ndarray | None
+    ) -> np.ndarray:
+        """A row of another class for each label, the classes drawn by their weights, int64 [B]; -1 if there is none."""
+        partners = np.full(len(labels), -1, dtype=np.int64)
+        for position, label in enumerate(labels):
+            share = np.where(np.arange(self.num_classes) == label, 0.0, classes)
+            if not share.sum() > 0:
+                continue
+            rows = self.rows_of[_draw(rng, share)]
+            partners[position] = rows[_draw(rng, np.ones(len(rows)) if row_weights is None else row_weights[rows])]
+        return partners
+
+
+# What a recipe's kind draws for each image besides its rows.
+_AMOUNT: dict[str, Callable[[Recipe], tuple[float, float]]] = {
+    "noise": lambda recipe: recipe.t,
+    "latent_noise": lambda recipe: recipe.strength,
+    "interpolate": lambda recipe: recipe.t,
+    "embedding": lambda recipe: recipe.alpha,
+    "prompt": lambda recipe: recipe.t,
+}
+
+
+def _mix(
+    images: np.ndarray,
+    recipe: Recipe,
+    amount: np.ndarray,
+    start: int,
+    schedule: Schedule,
+    rng: np.random.Generator,
+) -> None:
+    """Fill in the weights that mix each image's rows and noise into its starting latent and its conditioning."""
+    paired = images["row_b"] >= 0
+    share = np.where(paired, amount, 0.0)
+    if recipe.kind == "latent_noise":
+        # Preserves the variance of the noise that an inverted latent is.
+        images["latent_w"][:, 0] = np.sqrt(1 - amount**2)
+        images["latent_w"][:, 2] = amount * schedule.scale_of(start)
+        return
+    if recipe.kind == "embedding":
+        images["latent_w"] = (0.0, 0.0, schedule.initial_noise)
+        images["cond_w"][:, 0] = 1 - share
+        images["cond_w"][:, 1] = share
+        images["cond_w"][:, 2] = rng.uniform(*recipe.lambd, len(images))
+        return
+    signal, noise = schedule.signal[start], schedule.noise[start]
+    if recipe.rows == "inverted":
+        signal, noise = 1.0, 0.0
+    images["latent_w"] = (signal, 0.0, noise)
+    if recipe.kind == "noise":
+        return
+    if recipe.rows == "inverted" and not paired.all():
+        # Alone in its class, an inverted latent would give its own image back: it is varied by noise instead.
+        strength = rng.uniform(*recipe.strength, int((~paired).sum()))
+        images["latent_w"][~paired, 0] = np.sqrt(1 - strength**2)
+        images["latent_w"][~paired, 2] = strength * schedule.scale_of(start)
+    images["t"][paired] = amount[paired]
+    images["interp"][paired] = _INTERP[recipe.mode]
+    if recipe.mode == "linear":
+        images["latent_w"][paired, 0] = signal * (1 - amount[paired])
+        images["latent_w"][paired, 1] = signal * amount[paired]
+    if recipe.by_embedding and recipe.mode != "circle":
+        images["cond_w"][:, 0] = 1 - share
+        images["cond_w"][:, 1] = share
+
+
+def _allowed(recipes: Sequence[Recipe], num_classes: int, names: Sequence[str] | None) -> list[np.ndarray]:
+    """Which classes each recipe is for, bool [C]. Raises DataError for an unknown name and a class left out by all."""
+    found = []
+    for recipe in recipes:
+        mask = np.full(num_classes, recipe.classes is None)
+        for name in recipe.classes or ():
+            if names is None or name not in names:
+                raise DataError(
+                    f"recipe '{recipe.kind}' is for class '{name}'{nearest(name, names or [])}, which is none "
+                    f"of the data's: {', '.join(names or [])[:200]}"
+                )
+            mask[list(names).index(name)] = True
+        found.append(mask)
+    left = np.flatnonzero(~np.any(found, axis=0))
+    if len(left):
+        named = [str(label) if names is None else names[label] for label in left]
+        raise DataError(f"no recipe is for class {', '.join(named)[:200]}: add one, or one without classes")
+    return found
+
+
+def _partners(rng: np.random.Generator, rows: np.ndarray, row_weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Another usable row of the class for each chosen one (an index into rows), int64 [n]; -1 when it is alone."""
+    usable = np.flatnonzero(row_weights > 0)
+    if len(usable) < 2:
+        return np.full(len(chosen), -1, dtype=np.int64)
+    # A partner's rank is drawn among the others.
+    rank = np.searchsorted(usable, chosen)
+    other = (rank + rng.integers(1, len(usable), len(chosen))) % len(usable)
+    return rows[usable[other]]
+
+
+def _draw(rng: np.random.Generator, weights: np.ndarray) -> int:
+    """One index, drawn by weight."""
+    total = np.cumsum(weights)
+    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
 
 
 def _systematic(rng: np.random.Generator, weights: np.ndarray, size: int) -> np.ndarray:

@@ -330,7 +330,7 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(settings: list[st
 
 def test_an_unknown_classifier_is_refused_before_any_work(settings: list[str], tmp_path: Path) -> None:
     for section in ("train", "judge"):
-        message = refusal("invert", *settings, "--set", f"{section}.classifier=smal_cnn")
+        message = refusal("preview", *settings, "--set", f"{section}.classifier=smal_cnn")
         assert "did you mean 'small_cnn'?" in message
     assert not (tmp_path / "cache").exists()
 
@@ -355,9 +355,9 @@ def test_weights_that_are_not_numbers_are_refused(settings: list[str], tmp_path:
     next(iter(weights.values()))[:] = float("nan")
     save_file(weights, tmp_path / "judge.safetensors")
     given = ["--set", "judge.enabled=true", "--set", f"judge.weights={tmp_path / 'judge.safetensors'}"]
-    assert "NaN or infinity" in refusal("invert", *settings, *given)
+    assert "NaN or infinity" in refusal("preview", *settings, *given)
     (tmp_path / "judge.safetensors").write_bytes(b"not weights")
-    assert "cannot be read as safetensors" in refusal("invert", *settings, *given)
+    assert "cannot be read as safetensors" in refusal("preview", *settings, *given)
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_training(settings: list[str]) -> None:
@@ -367,14 +367,15 @@ def test_a_cache_that_cannot_be_written_is_refused_before_training(settings: lis
 
 
 def test_a_read_only_cache_that_has_everything_is_enough(settings: list[str], monkeypatch) -> None:
-    from streamaug import prepare
+    from streamaug import generator, inverting
 
     assert CliRunner().invoke(app, ["invert", *settings]).exit_code == 0
 
     def refuse(cache: Path) -> None:
         raise ConfigError("read-only")
 
-    monkeypatch.setattr(prepare, "_writable", refuse)
+    for module in (generator, inverting):
+        monkeypatch.setattr(module, "check_writable", refuse)
     assert CliRunner().invoke(app, ["invert", *settings]).exit_code == 0
     assert "read-only" in refusal("invert", *settings, "--set", "data.shots=1")
 

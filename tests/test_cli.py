@@ -105,11 +105,11 @@ def test_demo_options_reach_the_configuration_and_the_demo(monkeypatch, digits: 
 def test_invert_out_becomes_the_path_of_the_bank(monkeypatch, digits: Path, tmp_path: Path) -> None:
     seen = []
 
-    def prepare(config, progress):
+    def invert_configured(config, progress):
         seen.append(config)
-        return SimpleNamespace(bank=SimpleNamespace(path=config.bank.path, num_rows=30))
+        return SimpleNamespace(path=config.bank.path, num_rows=30)
 
-    stand_in(monkeypatch, "streamaug.prepare", prepare=prepare)
+    stand_in(monkeypatch, "streamaug.inverting", invert_configured=invert_configured, estimate_configured=None)
     out = tmp_path / "a bank [1]: x"
     result = run(app, ["invert", str(digits), "--out", str(out)])
     assert seen[0].bank.path == out
@@ -117,6 +117,8 @@ def test_invert_out_becomes_the_path_of_the_bank(monkeypatch, digits: Path, tmp_
 
 
 def test_preview_writes_a_png_of_what_the_stream_delivers(monkeypatch, digits: Path, tmp_path: Path) -> None:
+    from streamaug import preview
+
     class Stream:
         @classmethod
         def from_prepared(cls, prepared):
@@ -140,8 +142,8 @@ def test_preview_writes_a_png_of_what_the_stream_delivers(monkeypatch, digits: P
         sizes.append(config.stream.batch_size)
         return prepared
 
-    stand_in(monkeypatch, "streamaug.prepare", prepare=prepare)
-    stand_in(monkeypatch, "streamaug.stream", Stream=Stream)
+    monkeypatch.setattr(preview, "prepare", prepare)
+    monkeypatch.setattr(preview, "Stream", Stream)
     out = tmp_path / "pictures" / "preview.png"
     result = run(app, ["preview", str(digits), "--out", str(out), "--count", "5"])
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from streamaug import engine as engine_module
 from streamaug.config import load
 from streamaug.errors import MemoryTooSmall
 from streamaug.orders import REASONS, OrderBatch
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.stream import Stream
 
 

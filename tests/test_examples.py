@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamaug.config import load
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.prior import prior_digest
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "plain_pytorch.py"

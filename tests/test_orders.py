@@ -118,8 +118,8 @@ def test_pairs_are_linear_when_asked():
     assert images["t"].max() <= 0.5
 
 
-def test_generate_needs_no_rows():
-    plan = Planner(np.zeros(0, np.int64), 3, SCHEDULE, [Recipe(kind="generate")], 8, 0)
+def test_prompt_needs_no_rows():
+    plan = Planner(np.zeros(0, np.int64), 3, SCHEDULE, [Recipe(kind="prompt")], 8, 0)
     order = plan.batch(5, plan.uniform())
     assert order.start == 0
     assert (order.images["row_a"] == -1).all()

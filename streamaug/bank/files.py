@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from safetensors.torch import save
 from streamaug.errors import BankError
 
 FORMAT = "streamaug-bank"
-VERSION = 1
+VERSION = 2
 INDEX = "index.json"
 LOCK = ".bank-lock"
 WORK = ".bank-work"
+
+_DATA_FILE = re.compile(r"[a-z][a-z0-9_]*(-\d{5,})?-[0-9a-f]{16}\.safetensors")
 
 # The only metadata key of a shard: safetensors does not fix the order of several.
 _HEADER = "streamaug"
@@ -80,9 +83,24 @@ def file_entry(file: Path, rows: int, sha256: str | None = None) -> dict[str, An
     }
 
 
+def file_entries(index: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of all files that an index names: the rows file, then each part's shards."""
+    return [index["rows"], *(entry for part in index["parts"] for entry in part["shards"])]
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The rows files and shards in a bank's folder, those that no index names included, sorted."""
+    return sorted(file for file in folder.glob("*.safetensors") if _DATA_FILE.fullmatch(file.name))
+
+
 def sha256_of(file: Path) -> str:
     with open(file, "rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def path_hash(name: str) -> bytes:
+    """16 bytes that stand for a source's name: the names themselves are only mapped."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:16]
 
 
 def seal(index: dict[str, Any]) -> bytes:
@@ -91,14 +109,15 @@ def seal(index: dict[str, Any]) -> bytes:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a bank folder. Raises BankError when it is missing, damaged or of a newer format."""
+    """The index of a bank folder. Raises BankError when it is missing, damaged or of another format version."""
     file = folder / INDEX
     try:
         text = file.read_bytes()
     except FileNotFoundError:
         if (folder / WORK).is_dir():
             raise BankError(
-                f"{folder}: an unfinished bank: run `streamaug invert` again, it goes on from there"
+                f"{folder}: an unfinished bank: run `streamaug invert` again, or the `streamaug bank` verb that was "
+                "writing it: it goes on from there"
             ) from None
         raise BankError(f"{folder}: not a latent bank (no {INDEX}); `streamaug invert` makes one") from None
     except NotADirectoryError:
@@ -108,7 +127,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = _parse(text)
     if index is None:
         raise BankError(f"{file}: not the index of a latent bank, or damaged; run `streamaug invert` again")
-    _refuse_newer(folder, index)
+    _refuse_version(folder, index)
     if index.pop("checksum", None) != _checksum(index):
         raise BankError(f"{file}: its checksum does not fit its contents; run `streamaug invert` again to restore it")
     return index
@@ -124,19 +143,23 @@ def refuse_foreign(folder: Path) -> None:
     except OSError:
         return
     if index is not None:
-        _refuse_newer(folder, index)
+        _refuse_version(folder, index)
     elif names and not {LOCK, WORK} & set(names):
         raise BankError(
             f"{folder}: holds files that are not a bank's ({', '.join(names[:5])}); set bank.path to a new folder"
         )
 
 
-def _refuse_newer(folder: Path, index: dict[str, Any]) -> None:
-    if index["version"] != VERSION:
-        raise BankError(
-            f"{folder}: written in bank format {index['version']}, this streamaug knows format {VERSION}: "
-            "upgrade streamaug, or set bank.path to another folder"
-        )
+def _refuse_version(folder: Path, index: dict[str, Any]) -> None:
+    if index["version"] == VERSION:
+        return
+    if isinstance(index["version"], int) and index["version"] < VERSION:
+        remedy = "delete the folder and run `streamaug invert` again, or set bank.path to another folder"
+    else:
+        remedy = "upgrade streamaug, or set bank.path to another folder"
+    raise BankError(
+        f"{folder}: written in bank format {index['version']}, this streamaug knows format {VERSION}: {remedy}"
+    )
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

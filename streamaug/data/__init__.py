@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from streamaug.data.images import ImageSet, Splits
-from streamaug.data.sources import load_splits
+from streamaug.data.load import as_image_set, load_splits
 
 if TYPE_CHECKING:
     from streamaug.data.dataset import ImageDataset
 
-__all__ = ["ImageDataset", "ImageSet", "Splits", "load_splits"]
+__all__ = ["ImageDataset", "ImageSet", "Splits", "as_image_set", "load_splits"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,20 +9,25 @@ from streamaug.data.images import ImageSet
 
 
 class ImageDataset(Dataset):
-    """Yields (float32 [C, H, W] in [0, 1], int label); `classes` are the class names.
+    """Yields (float32 [C, H, W] in [0, 1], int label), the label as float32 [classes] if `soft`.
 
-    `transform` is always None: the pixels come as they are, and augmentation belongs to the training step.
+    `classes` are the class names. `transform` is always None: the pixels come as they are, and augmentation belongs to
+    the training step.
     """
 
     transform: Any = None
 
-    def __init__(self, images: ImageSet):
+    def __init__(self, images: ImageSet, *, soft: bool = False):
         self.images = images
+        self.soft = soft
         self.classes = images.class_names
         self.targets = images.labels.tolist()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.from_numpy(self.images.images[index]).float().div_(255), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        label = self.targets[index]
+        if self.soft:
+            label = torch.nn.functional.one_hot(torch.tensor(label), len(self.classes)).float()
+        return torch.from_numpy(self.images.images[index]).float().div_(255), label

@@ -1,7 +1,9 @@
-"""One image file to a uint8 array of the wanted size, whatever its mode, depth and orientation."""
+"""One image to a uint8 array of the wanted size, whatever its format, mode, depth and orientation."""
 
+import io
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -15,24 +17,27 @@ _FILTER = Image.Resampling.LANCZOS  # widens with the reduction, so shrinking do
 
 
 class Unreadable(Exception):
-    """A file that gives no image; the message is the reason, without the path."""
+    """An image that cannot be read; the message is the reason, without the name."""
 
 
-def read_image(path: Path, size: int, channels: int, fit: Fit) -> np.ndarray:
-    """Read a file into uint8 [channels, size, size].
+def read_image(image: Path | bytes | Image.Image, size: int, channels: int, fit: Fit) -> np.ndarray:
+    """Read a file, its contents, or an image in any mode into uint8 [channels, size, size].
 
-    The first frame of an animation; turned as its EXIF orientation says; transparency laid over white; 16
-    bits scaled to 8; colour and grey converted to what is asked for; colour profiles ignored. Raises
-    Unreadable.
+    The first frame of an animation; turned as its EXIF orientation says; transparency laid over white; 16 bits scaled
+    to 8; colour and grey converted to what is asked for; colour profiles ignored. Raises Unreadable.
     """
+    mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Unreadable("not a regular file")
-        with Image.open(path) as image:
-            # JPEG decoders can shrink by 2, 4 or 8 while they read: enough is kept for the resize below.
-            image.draft(None, (2 * size, 2 * size))
-            image.load()
-            flat = _flatten(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
+        if isinstance(image, Image.Image):
+            flat = _flatten(_upright(image), mode)
+        else:
+            if isinstance(image, Path) and not stat.S_ISREG(os.stat(image).st_mode):
+                raise Unreadable("not a regular file")
+            with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
+                # JPEG decoders can shrink by 2, 4 or 8 while they read: enough is kept for the resize below.
+                opened.draft(None, (2 * size, 2 * size))
+                opened.load()
+                flat = _flatten(_upright(opened), mode)
         return to_chw(resize(flat, size, fit))
     except FileNotFoundError:
         raise Unreadable("no such file (a link that leads nowhere?)") from None
@@ -46,10 +51,56 @@ def read_image(path: Path, size: int, channels: int, fit: Fit) -> np.ndarray:
         raise Unreadable(str(error) or type(error).__name__) from None
 
 
-def resize(image: Image.Image, size: int, fit: Fit) -> Image.Image:
-    """A square image: `crop` keeps the centre square, `letterbox` adds black bars, `stretch` changes the
-    aspect.
+def array_image(pixels: np.ndarray, *, channels_first: bool) -> Image.Image:
+    """An image of an array [H, W], or [C, H, W] or [H, W, C] with C from 1 (grey) to 4 (colour and alpha).
+
+    channels_first: which of the two is meant where both fit; the other is taken where only it does. Values: bool,
+    uint8, uint16, other integers from 0 to 255, floats in [0, 1]. Raises ValueError, whose message describes the array.
     """
+    described = f"an array of {pixels.dtype} {list(pixels.shape)}"
+    if pixels.ndim == 3:
+        fits = [axis for axis in (0, 2) if 1 <= pixels.shape[axis] <= 4]
+        axis = 0 if fits == [0] or (channels_first and 0 in fits) else 2
+        pixels = np.moveaxis(pixels, axis, 2)
+    if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] <= 4)):
+        raise ValueError(f"{described}; expected [H, W], or [C, H, W] or [H, W, C] with C from 1 to 4")
+    values = _bytes(pixels, described)
+    return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2:] == (1,) else values))
+
+
+def _bytes(pixels: np.ndarray, described: str) -> np.ndarray:
+    """The values of an array as uint8."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    slack = 0.0
+    if pixels.dtype == bool:
+        top = 1.0
+    elif pixels.dtype == np.uint16:
+        top = 65535.0
+    elif np.issubdtype(pixels.dtype, np.integer):
+        top = 255.0
+    elif np.issubdtype(pixels.dtype, np.floating):
+        top, slack = 1.0, 1e-3  # interpolation overshoots by rounding
+    else:
+        raise ValueError(f"{described}; expected integers or floats")
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= -slack and high <= top + slack):
+        raise ValueError(
+            f"{described} with values from {low:g} to {high:g}; expected uint8, or floats in [0, 1]: leave out a "
+            "transform that normalises"
+        )
+    return np.round(np.clip(pixels.astype(np.float64), 0, top) * (255 / top)).astype(np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as it is where the EXIF block is damaged."""
+    with suppress(Exception):  # the block has a parser of its own, that raises many types
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def resize(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """A square image: `crop` keeps the centre square, `letterbox` adds black bars, `stretch` changes the aspect."""
     if fit == "crop":
         return ImageOps.fit(image, (size, size), method=_FILTER)
     if fit == "letterbox":
@@ -67,7 +118,9 @@ def _flatten(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
     """The image in 8 bits, without palette or transparency, as L or RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _deep_to_8_bits(image).convert(mode)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow has no way from it to RGBA
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
     return image.convert(mode)

@@ -97,9 +97,11 @@ class ImageSet:
         for label, name in enumerate(self.class_names):
             members = np.flatnonzero(self.labels == label)
             if len(members) < shots:
+                least = self.class_counts().min()
+                fewer = f"at most {least}, or null to use all" if least else "null"
                 raise DataError(
                     f"class '{name}' has {len(members)} images to draw from, data.shots asks for {shots}: "
-                    f"set data.shots to at most {self.class_counts().min()}, or null to use all"
+                    f"set data.shots to {fewer}"
                 )
             chosen.append(rng.permutation(members)[:shots])
         return np.sort(np.concatenate(chosen))

@@ -39,50 +39,59 @@ class Sibling:
     """One image made from a real one: what the judge thought of it, and whether it was let through."""
 
     image: np.ndarray  # uint8 [C, H, W]
-    depth: float  # share of the noise schedule that was run
+    column: str  # the heading it stands under, such as "depth 0.50"
     score: float  # the judge's probability for the class, in [0, 1]
-    kept: bool
+    kept: bool | None  # None: it was not judged
 
 
 @dataclass(frozen=True)
 class SampleRow:
     class_name: str
-    real: np.ndarray  # uint8 [C, H, W]
+    real: np.ndarray | None  # uint8 [C, H, W]
     siblings: Sequence[Sibling]
 
 
-def samples_png(rows: Sequence[SampleRow], path: Path) -> None:
-    """Each row: a real image, then what was made from it, by depth; framed green when kept and red when not.
+DEPTHS = (
+    "Depth: the share of the noise schedule that an image is sent back through before the model paints it again. Under "
+    "each image: the probability that the judge gives to the class of its row."
+)
 
-    Siblings of (nearly) equal depth stand under one heading. Raises ValueError without rows.
+
+def samples_png(
+    rows: Sequence[SampleRow],
+    path: Path,
+    *,
+    title: str = "Real images, and what was made from them",
+    legend: str = DEPTHS,
+) -> None:
+    """Each row: a real image, then what was made from it; framed green when kept and red when not.
+
+    Siblings of one column stand under its heading, columns in the order in which they occur. Raises ValueError without
+    rows.
     """
     if not rows:
         raise ValueError("no rows to draw")
-    counts: Counter[float] = Counter()
+    counts: Counter[str] = Counter()
     for row in rows:
-        counts |= Counter(_shown_depth(sibling) for sibling in row.siblings)
-    depths = sorted(counts)
-    left_of: dict[float, int] = {}
-    title, body, small = _font(TITLE), _font(BODY), _font(SMALL)
+        counts |= Counter(sibling.column for sibling in row.siblings)
+    columns = list(dict.fromkeys(sibling.column for row in rows for sibling in row.siblings))
+    left_of: dict[str, int] = {}
+    large, body, small = _font(TITLE), _font(BODY), _font(SMALL)
     named = _font(BODY, *(row.class_name for row in rows))
     names = [_fit(row.class_name, named, 300) for row in rows]
     x = real_left = MARGIN + round(max(named.getlength(name) for name in names)) + 2 * GAP
     x += TILE + 3 * GAP
-    for depth in depths:
-        left_of[depth] = x
-        x += counts[depth] * (TILE + GAP) + GAP
+    for column in columns:
+        left_of[column] = x
+        x += counts[column] * (TILE + GAP) + GAP
     width = max(x - 2 * GAP + MARGIN, 1100)
 
-    legend = (
-        "Depth: the share of the noise schedule that an image is sent back through before the model paints "
-        "it again. Under each image: the probability that the judge gives to the class of its row."
-    )
     lines = _wrap(legend, small, width - 2 * MARGIN)
     top = MARGIN + 60 + len(lines) * 34 + 60 + 84
     row_height = TILE + 76
     canvas = Image.new("RGB", (width, top + len(rows) * row_height + MARGIN - 40), PAGE)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, MARGIN), "Real images, and what was made from them", INK, title, anchor="lt")
+    draw.text((MARGIN, MARGIN), title, INK, large, anchor="lt")
     y = MARGIN + 66
     for line in lines:
         draw.text((MARGIN, y), line, SOFT, small, anchor="lt")
@@ -97,22 +106,24 @@ def samples_png(rows: Sequence[SampleRow], path: Path) -> None:
     heading = top - 34
     draw.text((real_left, heading), "real", INK, body, anchor="ls")
     draw.line([(real_left, heading + 12), (real_left + TILE, heading + 12)], LINE, 2)
-    for depth in depths:
-        right = left_of[depth] + counts[depth] * (TILE + GAP) - GAP
-        draw.text((left_of[depth], heading), f"depth {depth:.2f}", INK, body, anchor="ls")
-        draw.line([(left_of[depth], heading + 12), (right, heading + 12)], LINE, 2)
+    for column in columns:
+        right = left_of[column] + counts[column] * (TILE + GAP) - GAP
+        draw.text((left_of[column], heading), _fit(column, body, right - left_of[column]), INK, body, anchor="ls")
+        draw.line([(left_of[column], heading + 12), (right, heading + 12)], LINE, 2)
 
     for index, row in enumerate(rows):
         y = top + index * row_height
         draw.text((MARGIN, y + TILE / 2), names[index], INK, named, anchor="lm")
-        canvas.paste(_tile(row.real), (real_left, y))
-        drawn: Counter[float] = Counter()
+        if row.real is not None:
+            canvas.paste(_tile(row.real), (real_left, y))
+        drawn: Counter[str] = Counter()
         for sibling in row.siblings:
-            depth = _shown_depth(sibling)
-            x = left_of[depth] + drawn[depth] * (TILE + GAP)
-            drawn[depth] += 1
-            color = KEPT if sibling.kept else REJECTED
+            x = left_of[sibling.column] + drawn[sibling.column] * (TILE + GAP)
+            drawn[sibling.column] += 1
             canvas.paste(_tile(sibling.image), (x, y))
+            if sibling.kept is None:
+                continue
+            color = KEPT if sibling.kept else REJECTED
             outer = [x - FRAME, y - FRAME, x + TILE + FRAME - 1, y + TILE + FRAME - 1]
             draw.rectangle(outer, outline=color, width=FRAME)
             _mark(draw, x + 12, y + TILE + 32, sibling.kept)
@@ -349,10 +360,6 @@ def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, kept: bool) -> None:
     else:
         draw.line([(x - 9, y - 9), (x + 9, y + 9)], REJECTED, 5)
         draw.line([(x - 9, y + 9), (x + 9, y - 9)], REJECTED, 5)
-
-
-def _shown_depth(sibling: Sibling) -> float:
-    return round(sibling.depth, 2)
 
 
 def _font(size: int, *texts: str) -> Any:

@@ -19,7 +19,7 @@ from streamaug.experiment import for_arm, run_arm
 from streamaug.filtering.calibration import fit_judge
 from streamaug.filtering.judge import Judge, pack_state
 from streamaug.orders import ORDER_DTYPE, OrderBatch
-from streamaug.prepare import Prepared, prepare
+from streamaug.preparation import Prepared, prepare
 from streamaug.stream import Stream
 from streamaug.training.trainer import TrainResult
 
@@ -266,7 +266,7 @@ def sample_rows(prepared: Prepared, judge: Judge | None, rows: np.ndarray, sibli
         shown = (schedule.steps - start) / schedule.steps
         for position in range(len(images)):
             made[position // siblings].append(
-                Sibling(pixels[position], shown, float(scores[position]), bool(reasons[position] == 0))
+                Sibling(pixels[position], f"depth {shown:.2f}", float(scores[position]), bool(reasons[position] == 0))
             )
     names = prepared.class_names
     return [

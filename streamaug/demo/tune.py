@@ -22,7 +22,7 @@ from streamaug.experiment import for_arm, run_arm
 from streamaug.filtering.calibration import fit_judge
 from streamaug.filtering.judge import pack_state
 from streamaug.outputs import write_json
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.stream import Stream
 
 FIRST_SEED = 10_000  # reports count from config.seed, so these labelled draws are never reported

@@ -40,18 +40,27 @@ class Judge(nn.Module):
         return self.classifier((images + 1) / 2)
 
     @torch.no_grad()
-    def score(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probability of the label, fp32 [B] (0 where not finite), and the index into REASONS, uint8 [B]."""
+    def score(
+        self, images: torch.Tensor, labels: torch.Tensor, labels_b: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probability of the label, fp32 [B] (0 where not finite), and the index into REASONS, uint8 [B].
+
+        images: [B, C, H, W] in [-1, 1]; labels: int64 [B]; labels_b: the second class of mixed labels, equal to the
+        first where they are not mixed. A mixed image's probability is that of either class.
+        """
+        labels_b = labels if labels_b is None else labels_b
         is_finite = finite(images)
         safe = torch.where(is_finite.view(-1, 1, 1, 1), images, 0.0).float()
         probability = torch.softmax(self(safe.clamp(-1, 1)).float(), dim=1)
-        score = probability.gather(1, labels[:, None])[:, 0]
+        each = probability.gather(1, torch.stack([labels, labels_b], 1))  # [B, 2]
+        score = torch.where(labels == labels_b, each[:, 0], each.sum(1))
         top, preferred = probability.max(dim=1)
-        agrees = preferred == labels
-        rank = (probability > score[:, None]).sum(1)
+        agrees = (preferred == labels) | (preferred == labels_b)
+        rank = (probability > each.amax(1, keepdim=True)).sum(1)
 
         reasons = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
-        unlikely = ~agrees & ((score < self.floor[labels]) | (rank >= self.top_k))
+        floor = torch.minimum(self.floor[labels], self.floor[labels_b])
+        unlikely = ~agrees & ((score < floor) | (rank >= self.top_k))
         reasons[unlikely | (score < self.min_score)] = _CODE["unlikely_label"]
         reasons[~agrees & (top >= self.confident[preferred])] = _CODE["confidently_wrong"]
         if self.too_easy is not None:

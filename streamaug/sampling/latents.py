@@ -6,7 +6,7 @@ import torch
 from streamaug.bank import LatentBank
 from streamaug.errors import BankError
 from streamaug.kernels.perturb import perturb
-from streamaug.orders import INTERP_CIRCLE, INTERP_SPHERICAL, OrderBatch
+from streamaug.orders import INTERP_CIRCLE, INTERP_SPHERICAL, ORIGINS, OrderBatch
 
 _LATENT_STREAM = 0
 _CONDITIONING_STREAM = 16  # stream 1 is the solver's, 2 to 5 are for a cascade's second stage (`cascade`)
@@ -22,7 +22,7 @@ def start_latents(
     kernels: str,
 ) -> torch.Tensor:
     """The latents [B, *shape] fp32 at which the order's images enter the schedule."""
-    rows, row_a, row_b = _gather(bank, "latent", order.images, shape)
+    rows, row_a, row_b = _gather(bank, ORIGINS[order.origin], order.images, shape)
     weights = mix_weights(order.images, rows, row_a, row_b)
     return _mix(rows, row_a, row_b, weights, order, _LATENT_STREAM, seed=seed, device=device, kernels=kernels)
 
@@ -30,21 +30,21 @@ def start_latents(
 def row_conditioning(
     bank: LatentBank, order: OrderBatch, *, seed: int, device: torch.device, kernels: str
 ) -> dict[str, torch.Tensor]:
-    """The bank's other tensors mixed by `cond_w`, by name [B, ...] fp32, and "null.NAME", the bank's mean [...].
+    """The bank's inverted embeddings mixed by `cond_w`, by name, and "null.NAME" for each: [B, ...] fp32.
 
-    Empty unless the orders are conditioned on bank rows (template -1). The mean as the unconditional vector is
-    Diffusion Inversion's (Zhou et al. 2023).
+    The null is the mean of the group that row_a was inverted in, Diffusion Inversion's unconditional vector (Zhou et
+    al. 2023). Empty unless the orders are conditioned on bank rows (template -1). Raises BankError for orders without
+    anchors.
     """
     images = order.images
     found: dict[str, torch.Tensor] = {}
     if not (images["template"] < 0).all():
         return found
-    names = [name for name in bank.tensor_names if name != "latent"]
-    for stream, name in enumerate(names, start=_CONDITIONING_STREAM):
+    for stream, name in enumerate(bank.tensors_of("embedding"), start=_CONDITIONING_STREAM):
         rows, row_a, row_b = _gather(bank, name, images, None)
         weights = images["cond_w"].astype(np.float32)
         found[name] = _mix(rows, row_a, row_b, weights, order, stream, seed=seed, device=device, kernels=kernels)
-        found[f"null.{name}"] = bank.mean(name).to(device)
+        found[f"null.{name}"] = bank.group_mean(name, images["row_a"]).to(device)
     return found
 
 

@@ -28,7 +28,7 @@ from streamaug.stream.stats import Recorder, StreamStats
 from streamaug.stream.steering import Steering
 
 if TYPE_CHECKING:
-    from streamaug.prepare import Prepared
+    from streamaug.preparation import Prepared
 
 log = logging.getLogger("streamaug")
 
@@ -156,7 +156,7 @@ class Stream:
         `overrides` are "a.b=value" strings. Prepares what is missing (prior, bank, judge) before it returns.
         """
         from streamaug.config import load
-        from streamaug.prepare import prepare
+        from streamaug.preparation import prepare
 
         resolved = config if isinstance(config, Config) else load(config, overrides)
         return cls.from_prepared(prepare(resolved), rank=rank, world_size=world_size)

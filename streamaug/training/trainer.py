@@ -47,9 +47,9 @@ def train(
 ) -> TrainResult:
     """Train `model` in place for config.steps optimizer steps (or until the deadline) on (images, labels) batches.
 
-    images: [B, C, H, W] in [0, 1]; labels: int64 [B]; test: all evaluation images and labels. AdamW with one
-    learning-rate cycle. `on_step(step, accuracy or None)` is called after each step. Runs with config.threads CPU
-    threads: the producer has the others, and small networks gain nothing from more.
+    images: [B, C, H, W] in [0, 1]; labels: int64 [B], or probabilities [B, classes]; test: all evaluation images and
+    labels. AdamW with one learning-rate cycle. `on_step(step, accuracy or None)` is called after each step. Runs with
+    config.threads CPU threads: the producer has the others, and small networks gain nothing from more.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

@@ -74,7 +74,11 @@ def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     rows = [
-        SampleRow(name, image(random), [Sibling(image(random), depth, 0.3 + depth, depth < 0.6) for depth in depths])
+        SampleRow(
+            name,
+            image(random),
+            [Sibling(image(random), f"depth {depth:.2f}", 0.3 + depth, depth < 0.6) for depth in depths],
+        )
         for name, depths in (("cat", (0.2, 0.2, 0.7)), ("a very long class name " * 4, (0.2, 0.5)))
     ]
     samples_png(rows, folder / "samples.png")

@@ -14,7 +14,7 @@ def test_both_arms_get_the_same_number_of_trials():
 @pytest.mark.parametrize("trial", [*SHARED_TRIALS, *REAL_ONLY_TRIALS, *STREAM_TRIALS], ids=" ".join)
 def test_every_trial_changes_the_configuration_it_is_tried_on(trial):
     config = load("digits")
-    elsewhere = ["recipes=[{kind: generate}]", "demo.real_only={lr: 7}", "train.classifier=none", "judge={}"]
+    elsewhere = ["recipes=[{kind: prompt}]", "demo.real_only={lr: 7}", "train.classifier=none", "judge={}"]
     reset = _with(config, elsewhere)
     assert _with(reset, trial) != reset
 

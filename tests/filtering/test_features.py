@@ -7,9 +7,10 @@ import torch
 from streamaug.config import AugmentConfig, load
 from streamaug.engine import build
 from streamaug.errors import ConfigError
+from streamaug.filtering.configured import judge_features
 from streamaug.filtering.features import Features, Probed
 from streamaug.filtering.judge import pack_state, unpack_state
-from streamaug.prepare import judge_features, prepare
+from streamaug.preparation import prepare
 from streamaug.training.classifiers import build_classifier
 
 

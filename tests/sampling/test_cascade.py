@@ -14,7 +14,7 @@ from streamaug.kernels.philox import normal
 
 from streamaug import config, engine
 from streamaug.errors import ConfigError, ModelError
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.sampling import cascade, latents
 from streamaug.sampling import sampler as sampler_module
 from streamaug.sampling.conditioning import encode_prompts

@@ -9,7 +9,7 @@ import torch
 from streamaug import engine
 from streamaug.config import load
 from streamaug.errors import ConfigError
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.sampling import execution
 from streamaug.sampling.denoisers import base
 from streamaug.sampling.execution import Execution, decide, evaluations_of, measure, repays, shapes_of

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from streamaug.kernels.philox import normal
 
+from streamaug.errors import BankError
 from streamaug.orders import INTERP_CIRCLE, INTERP_LINEAR, INTERP_SPHERICAL, ORDER_DTYPE, OrderBatch
-from streamaug.sampling.latents import mix_weights, start_latents
+from streamaug.sampling.latents import mix_weights, row_conditioning, start_latents
 
 ROWS = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -67,3 +69,47 @@ def test_missing_rows_add_nothing(row_a, row_b):
     )
     expected = sum((w * ROWS[row] for w, row in ((0.5, row_a), (0.25, row_b)) if row >= 0), torch.zeros(1, 4, 4))
     torch.testing.assert_close(made[0], expected)
+
+
+class EmbeddingBank:
+    """Six rows inverted in groups of four."""
+
+    rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+
+    def tensors_of(self, part):
+        return ["class_embedding"] if part == "embedding" else []
+
+    def gather(self, name, rows):
+        return self.rows[torch.as_tensor(rows)]
+
+    def group_mean(self, name, rows):
+        means = torch.stack([self.rows[:4].mean(0), self.rows[4:].mean(0)])
+        return means[torch.as_tensor(rows) // 4]
+
+
+def test_the_conditioning_mixes_two_rows_and_noise_and_its_null_is_the_mean_of_the_groups():
+    images = np.zeros(3, ORDER_DTYPE)
+    images["id"] = [5, 6, 7]
+    images["template"], images["row_a"], images["row_b"] = -1, [0, 5, 4], [1, 4, 4]
+    images["cond_w"] = [(0.9, 0.1, 0.0), (1.0, 0.0, 0.0), (1.0, 0.0, 0.1)]
+    given = {"seed": 3, "device": torch.device("cpu"), "kernels": "torch"}
+    bank, order = EmbeddingBank(), OrderBatch(0, 0, 0, 0, images)
+    found = row_conditioning(bank, order, **given)
+    assert found.keys() == {"class_embedding", "null.class_embedding"}
+    noise = normal(torch.tensor([7]), (3,), seed=3, stream=16)[0]
+    expected = [0.9 * bank.rows[0] + 0.1 * bank.rows[1], bank.rows[5], bank.rows[4] + 0.1 * noise]
+    torch.testing.assert_close(found["class_embedding"], torch.stack(expected))
+    torch.testing.assert_close(found["null.class_embedding"], bank.group_mean("", np.array([0, 5, 4])))
+
+
+def test_orders_by_label_need_no_rows():
+    given = {"seed": 0, "device": torch.device("cpu"), "kernels": "torch"}
+    assert row_conditioning(EmbeddingBank(), OrderBatch(0, 0, 0, 0, np.zeros(2, ORDER_DTYPE)), **given) == {}
+
+
+def test_orders_on_rows_without_an_anchor_are_refused():
+    images = np.zeros(2, ORDER_DTYPE)
+    images["template"] = images["row_a"] = images["row_b"] = -1
+    given = {"seed": 0, "device": torch.device("cpu"), "kernels": "torch"}
+    with pytest.raises(BankError, match="needs anchors"):
+        row_conditioning(EmbeddingBank(), OrderBatch(0, 0, 0, 0, images), **given)

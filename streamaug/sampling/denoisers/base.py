@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from streamaug.errors import ModelError, nearest
@@ -19,7 +20,10 @@ Conditioning = dict[str, torch.Tensor]
 first. The keys are the family's own."""
 
 Rows = Mapping[str, torch.Tensor]
-"""An order batch's mixed bank rows, tensors other than the latent [B, ...], by name (`latents.row_conditioning`)."""
+"""An order batch's mixed bank rows, inverted embeddings [B, ...] by name, and what the unconditional half is told in
+their place, "null." + name, [B, ...] or one for all [...] (`latents.row_conditioning`)."""
+
+NULL = "null."
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,18 @@ class Denoiser:
         """What this batch's images are conditioned on: [B, ...], or [2B, ...] when guided."""
         raise NotImplementedError
 
+    def class_rows(self, labels: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the network is told of labels int64 [n], as rows that may be varied: [n, ...] by name.
+
+        `condition` takes them back in orders of template -1, and lets gradients through. Raises ModelError.
+        """
+        raise NotImplementedError
+
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The network's output for x [n, c, h, w] in `dtype` and timestep fp32 []; [n, c or 2c, h, w]."""
+        """The network's output for x [n, c, h, w] in `dtype`, [n, c or 2c, h, w].
+
+        timestep: fp32 [], or [n] where gradients are taken.
+        """
         raise NotImplementedError
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -125,6 +139,29 @@ class Denoiser:
 def conditional_half(conditioning: Conditioning) -> Conditioning:
     """The second half of a guided conditioning: what an unguided evaluation of the same images takes."""
     return {name: value[len(value) // 2 :] for name, value in conditioning.items()}
+
+
+def by_rows(order: OrderBatch) -> bool:
+    """Whether the batch's images are conditioned on bank rows: a batch is of one recipe, so all are or none."""
+    return bool((order.images["template"] < 0).all())
+
+
+def row_halves(rows: Rows, names: Sequence[str], guided: bool) -> Conditioning:
+    """The named rows [B, ...], or [2B, ...] with the null rows first when guided.
+
+    Raises ModelError when there are no rows, or none of a name.
+    """
+    if not rows:
+        raise ModelError("the recipe is conditioned on inverted embeddings, but the bank has none")
+    there = [name for name in rows if not name.startswith(NULL)]
+    if not set(names) <= set(there):
+        raise ModelError(
+            f"the model is conditioned on {' and '.join(names)}, the bank's inverted embeddings have only "
+            f"{', '.join(there)}: invert again with this model, or set the recipe's conditioning to label"
+        )
+    if not guided:
+        return {name: rows[name] for name in names}
+    return {name: torch.cat([rows[NULL + name].expand_as(rows[name]), rows[name]]) for name in names}
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:

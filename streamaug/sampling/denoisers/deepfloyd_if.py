@@ -19,7 +19,6 @@ from streamaug.errors import ModelError, nearest
 from streamaug.orders import OrderBatch
 from streamaug.sampling.denoisers.base import (
     Conditioning,
-    Denoiser,
     LoadSettings,
     ModelInfo,
     Rows,
@@ -29,7 +28,7 @@ from streamaug.sampling.denoisers.base import (
     read_json,
     square,
 )
-from streamaug.sampling.denoisers.prompts import PromptTable, prompt_conditioning, text_digest_of, text_files
+from streamaug.sampling.denoisers.prompts import Prompted, PromptTable, prompt_conditioning, text_digest_of, text_files
 from streamaug.sampling.denoisers.t5 import encode_t5
 
 FAMILY = "DeepFloydIF"
@@ -213,7 +212,7 @@ def _network(info: ModelInfo, settings: LoadSettings) -> Any:
     return load_network(UNet2DConditionModel, info, "unet", dtype=settings.dtype, variant=settings.variant)
 
 
-class Base(Denoiser):
+class Base(Prompted):
     """The conditioning is {"tokens": [n, L, D]}."""
 
     def __init__(self, network: Any, info: ModelInfo, settings: LoadSettings, prompts: PromptTable | None):
@@ -222,7 +221,7 @@ class Base(Denoiser):
         self.learned_variance = network.config.out_channels == 2 * info.latent_shape[0]
 
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
-        found = prompt_conditioning(order, rows, self.prompts, guided, ("tokens",))
+        found = prompt_conditioning(order, rows, self.prompts, guided, self.embeddings)
         return {"tokens": found["tokens"].to(self.dtype)}
 
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from streamaug.errors import ModelError
 from streamaug.orders import OrderBatch
@@ -15,9 +16,11 @@ from streamaug.sampling.denoisers.base import (
     LoadSettings,
     ModelInfo,
     Rows,
+    by_rows,
     digest_of,
     load_network,
     read_json,
+    row_halves,
     square,
 )
 
@@ -62,10 +65,32 @@ def load(info: ModelInfo, settings: LoadSettings) -> "DiT":
     return DiT(network, info, settings, vae)
 
 
+class LabelOrVector(nn.Module):
+    """In the place of one block's label table: looks up labels int [n], and takes its own of vectors [n, blocks, d]."""
+
+    def __init__(self, labels: Any, block: int):
+        super().__init__()
+        self.labels, self.block = labels, block
+
+    @property
+    def table(self) -> torch.Tensor:
+        return self.labels.embedding_table.weight
+
+    def forward(self, told: torch.Tensor) -> torch.Tensor:
+        return told[:, self.block] if told.is_floating_point() else self.labels(told)
+
+
 class DiT(Denoiser):
-    """The conditioning is {"class_labels": int64 [n]}; the unconditional half has the null class."""
+    """The conditioning is {"class_labels": int64 [n]}, or {"class_embedding": [n, blocks, d]} for bank rows.
+
+    The unconditional half has the null class, or the rows' mean. Each block has label embeddings of its own.
+    """
 
     def __init__(self, network: Any, info: ModelInfo, settings: LoadSettings, vae: Autoencoder):
+        embedders = [block.norm1.emb for block in network.transformer_blocks]
+        for position, embedder in enumerate(embedders):
+            embedder.class_embedder = LabelOrVector(embedder.class_embedder, position)
+        self._embedders = embedders
         super().__init__(network, info, settings)
         config = network.config
         self.learned_variance = config.out_channels == 2 * config.in_channels
@@ -73,13 +98,31 @@ class DiT(Denoiser):
         self.null_class = config.num_embeds_ada_norm if settings.null_class is None else settings.null_class
 
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
+        if by_rows(order):
+            return self._told_vectors(row_halves(rows, ("class_embedding",), guided)["class_embedding"])
         labels = torch.from_numpy(np.ascontiguousarray(order.images["label"])).to(self.device)
         if guided:
             labels = torch.cat([torch.full_like(labels, self.null_class), labels])
         return {"class_labels": labels}
 
+    def _told_vectors(self, vectors: torch.Tensor) -> Conditioning:
+        wanted = len(self._embedders), self._embedders[0].class_embedder.table.shape[1]
+        if vectors.shape[1:] != wanted:
+            raise ModelError(
+                f"the bank's class embeddings are {list(vectors.shape[1:])}, the transformer takes {list(wanted)}: "
+                "they were inverted with another model"
+            )
+        return {"class_embedding": vectors.to(self.dtype)}
+
+    def class_rows(self, labels: np.ndarray) -> dict[str, torch.Tensor]:
+        """{"class_embedding": [n, blocks, d]}."""
+        at = torch.from_numpy(labels).to(self.device)
+        tables = [each.class_embedder.table[at] for each in self._embedders]
+        return {"class_embedding": torch.stack(tables, dim=1)}
+
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        return self.network(x, timestep.expand(len(x)), conditioning["class_labels"], return_dict=False)[0]
+        told = conditioning["class_embedding" if "class_embedding" in conditioning else "class_labels"]
+        return self.network(x, timestep.expand(len(x)), told, return_dict=False)[0]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(latents)

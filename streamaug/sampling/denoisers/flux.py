@@ -13,7 +13,6 @@ from streamaug.orders import OrderBatch
 from streamaug.sampling.denoisers.autoencoder import Autoencoder, encoder, factor_of, load_autoencoder
 from streamaug.sampling.denoisers.base import (
     Conditioning,
-    Denoiser,
     LoadSettings,
     ModelInfo,
     Rows,
@@ -23,6 +22,7 @@ from streamaug.sampling.denoisers.base import (
     read_json,
 )
 from streamaug.sampling.denoisers.prompts import (
+    Prompted,
     PromptTable,
     encode_clip,
     prompt_conditioning,
@@ -100,19 +100,20 @@ def encode_text(
     return {"tokens": encode_t5(info.path, t5, texts, length, variant=variant, device=device), "pooled": pooled}
 
 
-class Flux(Denoiser):
+class Flux(Prompted):
     """The conditioning is {"tokens": [n, tokens, width], "pooled": [n, width]}, and "scale" fp32 [n] in Flux-dev."""
+
+    embeddings = ("tokens", "pooled")
 
     def __init__(self, network: Any, info: ModelInfo, settings: LoadSettings, vae: Autoencoder):
         network.pos_embed = self._positions = _Positions(network.pos_embed)
         super().__init__(network, info, settings)
         self.vae = vae
-        self.prompts = None
         if settings.prompts is not None:
             self.prompts = PromptTable.load(settings.prompts, self.device, self.dtype)
 
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
-        found = prompt_conditioning(order, rows, self.prompts, guided, ("tokens", "pooled"))
+        found = prompt_conditioning(order, rows, self.prompts, guided, self.embeddings)
         conditioning = {name: value.to(self.dtype) for name, value in found.items()}
         if self.guidance == "embedded":
             conditioning["scale"] = torch.from_numpy(order.images["guidance"].copy()).to(self.device)

@@ -17,9 +17,16 @@ from safetensors.torch import load_file
 
 from streamaug.errors import MissingExtra, ModelError
 from streamaug.orders import OrderBatch
-from streamaug.sampling.denoisers.base import Conditioning, Rows, read_json, weight_files
-
-NULL = "null."
+from streamaug.sampling.denoisers.base import (
+    NULL,
+    Conditioning,
+    Denoiser,
+    Rows,
+    by_rows,
+    read_json,
+    row_halves,
+    weight_files,
+)
 
 _TEXTS_AT_ONCE = 32
 _ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -66,27 +73,26 @@ def prompt_conditioning(
     mean), the others their class's prompt. names: the embeddings that the network takes; by default all there are.
     Raises ModelError when what they need is not there.
     """
-    images = order.images
-    if (images["template"] < 0).all():
-        if not rows:
-            raise ModelError("the recipe is conditioned on inverted embeddings, but the bank has none")
-        source = rows
-    elif table is None:
-        raise ModelError("the recipe is conditioned on prompts, but none were encoded")
-    else:
-        source = table.lookup(images["label"], images["template"])
-    there = [name for name in source if not name.startswith(NULL)]
-    missing = [name for name in names or () if name not in there]
-    if missing:
-        raise ModelError(
-            f"the model is conditioned on {' and '.join(names or ())}, the bank's inverted embeddings have only "
-            f"{', '.join(there)}: invert again with this model, or set the recipe's conditioning to label"
-        )
-    taken = names or there
-    if not guided:
-        return {name: source[name] for name in taken}
-    null = {name: source[NULL + name].expand_as(source[name]) for name in taken}
-    return {name: torch.cat([null[name], source[name]]) for name in taken}
+    source = rows
+    if not by_rows(order):
+        if table is None:
+            raise ModelError("the recipe is conditioned on prompts, but none were encoded")
+        source = table.lookup(order.images["label"], order.images["template"])
+    return row_halves(source, names or [name for name in source if not name.startswith(NULL)], guided)
+
+
+class Prompted(Denoiser):
+    """A denoiser that is told prompts. embeddings: the names of the encoded prompts that its network takes."""
+
+    embeddings: tuple[str, ...] = ("tokens",)
+    prompts: PromptTable | None = None
+
+    def class_rows(self, labels: np.ndarray) -> dict[str, torch.Tensor]:
+        """The classes' prompts in the first wording."""
+        if self.prompts is None:
+            raise ModelError("inverted embeddings start from the class's prompt, but no prompts were encoded")
+        found = self.prompts.lookup(labels, np.zeros_like(labels))
+        return {name: found[name] for name in self.embeddings}
 
 
 def tokenize(tokenizer: Any, texts: list[str], limit: int) -> torch.Tensor:

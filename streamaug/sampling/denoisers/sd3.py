@@ -12,7 +12,6 @@ from streamaug.orders import OrderBatch
 from streamaug.sampling.denoisers.autoencoder import Autoencoder, encoder, factor_of, load_autoencoder
 from streamaug.sampling.denoisers.base import (
     Conditioning,
-    Denoiser,
     LoadSettings,
     ModelInfo,
     Rows,
@@ -23,6 +22,7 @@ from streamaug.sampling.denoisers.base import (
     square,
 )
 from streamaug.sampling.denoisers.prompts import (
+    Prompted,
     PromptTable,
     encode_clip,
     prompt_conditioning,
@@ -115,19 +115,20 @@ def _encoders(index: dict[str, Any]) -> list[str]:
     return [*_CLIPS, *([_T5] if (index.get(_T5) or [None])[-1] is not None else [])]
 
 
-class StableDiffusion3(Denoiser):
+class StableDiffusion3(Prompted):
     """The conditioning is {"tokens": [n, tokens, width], "pooled": [n, width]}."""
+
+    embeddings = ("tokens", "pooled")
 
     def __init__(self, network: Any, info: ModelInfo, settings: LoadSettings, vae: Autoencoder):
         super().__init__(network, info, settings)
         self.vae = vae
-        self.prompts = None
         if settings.prompts is not None:
             self.prompts = PromptTable.load(settings.prompts, self.device, self.dtype)
         self.has_t5 = _T5 in _encoders(read_json(info.path, "model_index.json"))
 
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
-        found = prompt_conditioning(order, rows, self.prompts, guided, ("tokens", "pooled"))
+        found = prompt_conditioning(order, rows, self.prompts, guided, self.embeddings)
         tokens = found["tokens"].to(self.dtype)
         if not self.has_t5:
             tokens = F.pad(tokens, (0, self.network.config.joint_attention_dim - tokens.shape[-1], 0, _T5_TOKENS))

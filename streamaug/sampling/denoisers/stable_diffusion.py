@@ -16,7 +16,6 @@ from streamaug.orders import OrderBatch
 from streamaug.sampling.denoisers.autoencoder import Autoencoder, encoder, factor_of, load_autoencoder
 from streamaug.sampling.denoisers.base import (
     Conditioning,
-    Denoiser,
     LoadSettings,
     ModelInfo,
     Rows,
@@ -27,6 +26,7 @@ from streamaug.sampling.denoisers.base import (
     square,
 )
 from streamaug.sampling.denoisers.prompts import (
+    Prompted,
     PromptTable,
     encode_clip,
     prompt_conditioning,
@@ -166,13 +166,8 @@ def load_parts(
     return network, info, settings, vae, prompts
 
 
-class StableDiffusion(Denoiser):
-    """The conditioning is {"tokens": [n, L, D]}, and "timestep_cond" [n, d] where the UNet is told the guidance.
-
-    embeddings: the names of the encoded prompts that it takes.
-    """
-
-    embeddings: tuple[str, ...] = ("tokens",)
+class StableDiffusion(Prompted):
+    """The conditioning is {"tokens": [n, L, D]}, and "timestep_cond" [n, d] where the UNet is told the guidance."""
 
     def __init__(
         self,

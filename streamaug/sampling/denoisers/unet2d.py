@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from streamaug.errors import ModelError
 from streamaug.orders import OrderBatch
@@ -16,15 +17,18 @@ from streamaug.sampling.denoisers.base import (
     LoadSettings,
     ModelInfo,
     Rows,
+    by_rows,
     digest_of,
     load_network,
     read_json,
+    row_halves,
     square,
 )
 
 FAMILY = "UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline")
 FEATURES = True  # `UNet2D.features`
+OWN_SETTINGS = "streamaug.json"  # in the folder of a prior with classes: {"null_class": the label of "no class"}
 _FEATURE_SIDE = 4
 
 
@@ -52,10 +56,22 @@ def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: 
         latent_shape=shape,
         conditioning="class" if classes else "none",
         num_classes=classes,
-        null_class=None,
+        null_class=_null_class(path, classes),
         guidance="cfg" if classes else "none",
         digest=digest_of(path, ["unet"], variant),
     )
+
+
+def _null_class(path: Path, classes: int) -> int | None:
+    if not (path / OWN_SETTINGS).is_file():
+        return None
+    null_class = read_json(path, OWN_SETTINGS).get("null_class")
+    if not (isinstance(null_class, int) and 0 <= null_class < classes):
+        raise ModelError(
+            f"{path / OWN_SETTINGS}: null_class is {null_class!r}, the unet has {classes} classes; accepted: a whole "
+            f"number from 0 to {classes - 1}, or no such file"
+        )
+    return null_class
 
 
 def load(info: ModelInfo, settings: LoadSettings) -> "UNet2D":
@@ -66,10 +82,23 @@ def load(info: ModelInfo, settings: LoadSettings) -> "UNet2D":
     return UNet2D(network, info, settings)
 
 
+class LabelOrVector(nn.Module):
+    """In the place of a table of class embeddings: looks up labels int [n], and takes vectors [n, d] as they are."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.table = table
+
+    def forward(self, told: torch.Tensor) -> torch.Tensor:
+        return told if told.is_floating_point() else self.table(told)
+
+
 class UNet2D(Denoiser):
-    """The conditioning is {"class_labels": int64 [n]}, or empty."""
+    """The conditioning is {"class_labels": int64 [n]}, {"class_embedding": [n, d]} for bank rows, or empty."""
 
     def __init__(self, network: Any, info: ModelInfo | None, settings: LoadSettings):
+        if isinstance(network.class_embedding, nn.Embedding):
+            network.class_embedding = LabelOrVector(network.class_embedding)
         super().__init__(network, info, settings)
         self.learned_variance = network.config.out_channels == 2 * network.config.in_channels
 
@@ -80,6 +109,8 @@ class UNet2D(Denoiser):
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
         if self.guidance == "none":
             return {}
+        if by_rows(order):
+            return self._told_vectors(row_halves(rows, ("class_embedding",), guided)["class_embedding"])
         labels = torch.from_numpy(np.ascontiguousarray(order.images["label"])).to(self.device)
         if guided:
             null_class = self.settings.null_class
@@ -88,8 +119,24 @@ class UNet2D(Denoiser):
             labels = torch.cat([torch.full_like(labels, null_class), labels])
         return {"class_labels": labels}
 
+    def _told_vectors(self, vectors: torch.Tensor) -> Conditioning:
+        width = self.network.class_embedding.table.embedding_dim
+        if vectors.shape[1:] != (width,):
+            raise ModelError(
+                f"the bank's class embeddings are {list(vectors.shape[1:])}, the unet takes [{width}]: they were "
+                "inverted with another model"
+            )
+        return {"class_embedding": vectors.to(self.dtype)}
+
+    def class_rows(self, labels: np.ndarray) -> dict[str, torch.Tensor]:
+        """{"class_embedding": [n, d]}."""
+        if self.guidance == "none":
+            raise ModelError("the unet is told no class, so there is no class embedding")
+        return {"class_embedding": self.network.class_embedding.table(torch.from_numpy(labels).to(self.device))}
+
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        return self.network(x, timestep, class_labels=conditioning.get("class_labels"), return_dict=False)[0]
+        told = conditioning.get("class_embedding", conditioning.get("class_labels"))
+        return self.network(x, timestep, class_labels=told, return_dict=False)[0]
 
     @property
     def feature_size(self) -> int:

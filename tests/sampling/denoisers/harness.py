@@ -10,7 +10,7 @@ from PIL import Image
 
 from streamaug import config, engine
 from streamaug.orders import ORDER_DTYPE, OrderBatch
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.sampling import denoisers
 from streamaug.sampling.denoisers import Denoiser, LoadSettings, ModelInfo
 from streamaug.sampling.sampler import Sampler
@@ -73,7 +73,7 @@ def images_from_files(
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
     recipes = [{"kind": "noise", "depth": [0.6, 0.7], "guidance": guidance}]
     if generate:
-        recipes.append({"kind": "generate", "guidance": guidance})
+        recipes.append({"kind": "prompt", "guidance": guidance})
     text = f"""
 cache: {tmp_path / "cache"}
 data: {{source: folder, root: {tmp_path / "images"}, image_size: {image_size}, channels: 3, holdout: 0, validation: 0}}

@@ -73,5 +73,5 @@ def test_images_that_enter_part_way_equal_the_loop_over_the_rest(pipeline, denoi
 
 
 def test_image_files_become_images(folder, tmp_path, classes):
-    looks = images_from_files(tmp_path, folder, image_size=8, guidance=(1.0, 1.0), generate=classes is not None)
+    looks = images_from_files(tmp_path, folder, image_size=8, guidance=(1.0, 1.0), from_noise=classes is not None)
     assert looks.shape[1:] == (3, 3, 8, 8) and looks.std() > 1

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,23 @@ def test_the_label_and_the_null_class_are_what_the_network_is_told(denoiser):
     same = x[:1].expand(2, -1, -1, -1)
     first, second = denoiser(same, t, denoiser.condition(order, {}, False))
     assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_rows_that_are_the_labels_own_embeddings_sample_what_the_labels_do(pipeline, denoiser, guidance):
+    order = orders(3, classes=3, guidance=guidance)
+    own, null = (denoiser.class_rows(labels)["class_embedding"] for labels in (order.images["label"], np.full(3, 1000)))
+    assert own.shape == (3, 2, 16)
+    rows = {"class_embedding": own, "null.class_embedding": null}
+    by_rows = replace(order, images=order.images.copy())
+    by_rows.images["template"] = -1
+    sampler = Sampler(denoiser, pipeline.scheduler, STEPS)
+    by_label = sampler.sample(noise(3, 4, 8, 8), order)
+    assert torch.equal(sampler.sample(noise(3, 4, 8, 8), by_rows, rows), by_label)
+    swapped = {name: value.flip(1) for name, value in rows.items()}
+    assert not torch.equal(sampler.sample(noise(3, 4, 8, 8), by_rows, swapped), by_label)
+    with pytest.raises(ModelError, match=r"are \[3, 16\], the transformer takes \[2, 16\]"):
+        denoiser.condition(by_rows, {"class_embedding": torch.zeros(3, 3, 16)}, False)
 
 
 def test_a_model_without_sigma_equals_the_pipeline(tmp_path, monkeypatch):

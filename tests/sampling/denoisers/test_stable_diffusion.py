@@ -33,7 +33,7 @@ from tiny.stable_diffusion import SCHEDULE, build, tiny_autoencoder
 
 from streamaug import config, engine
 from streamaug.errors import ModelError
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.sampling.denoisers import LoadSettings, inspect, load
 from streamaug.sampling.denoisers.stable_diffusion import guidance_embedding
 from streamaug.sampling.sampler import Sampler
@@ -206,13 +206,13 @@ def test_prompts_are_encoded_as_the_pipeline_does(models):
 
 def test_inverted_embeddings_of_any_length_take_the_prompts_place(models):
     order, x = orders(2, guidance=3.0, template=-1), noise((2, 4, 16, 16))
-    rows = {"tokens": noise((2, 5, 32), seed=1), "null.tokens": noise((5, 32), seed=2)}
+    rows = {"tokens": noise((2, 5, 32), seed=1), "null.tokens": noise((2, 5, 32), seed=2)}
     ours = sampler(models["epsilon"].folder, STEPS).sample(x, order, rows)
     expected = (
         models["epsilon"]
         .pipeline(
             prompt_embeds=rows["tokens"],
-            negative_prompt_embeds=rows["null.tokens"].expand(2, -1, -1),
+            negative_prompt_embeds=rows["null.tokens"],
             guidance_scale=3.0,
             latents=x,
             num_inference_steps=STEPS,

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -117,6 +119,61 @@ def test_guidance_leads_from_the_null_class_to_the_label(of_classes, batch_size)
         cond, uncond = (network(x, t, class_labels=each).sample for each in (labels, torch.full_like(labels, 4)))
         x = scheduler.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
     assert_same_latents(ours, x)
+
+
+def by_rows(order):
+    """The same orders, conditioned on bank rows."""
+    images = order.images.copy()
+    images["template"] = -1
+    return replace(order, images=images)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_row_that_is_the_labels_own_embedding_samples_what_the_label_does(of_classes, guidance):
+    denoiser = loaded(denoisers.inspect(of_classes), null_class=4)
+    order = orders(3, classes=3, guidance=guidance)
+    own, null = (denoiser.class_rows(labels)["class_embedding"] for labels in (order.images["label"], np.full(3, 4)))
+    rows = {"class_embedding": own, "null.class_embedding": null}
+    sampler = Sampler(denoiser, DDIMScheduler(), 3)
+    by_label = sampler.sample(drawn(order), order)
+    assert torch.equal(sampler.sample(drawn(order), by_rows(order), rows), by_label)
+    shuffled = {name: value.roll(1, 0) for name, value in rows.items()}
+    assert not torch.equal(sampler.sample(drawn(order), by_rows(order), shuffled), by_label)
+
+
+def test_rows_bring_the_unconditional_vector_where_the_model_has_no_null_class(of_classes):
+    denoiser = loaded(denoisers.inspect(of_classes))
+    order = orders(2, classes=2, guidance=3.0)
+    with pytest.raises(ModelError, match=r"model\.null_class"):
+        denoiser.condition(order, {}, True)
+    rows = {"class_embedding": torch.randn(2, 32), "null.class_embedding": torch.randn(2, 32)}
+    guided = denoiser.condition(by_rows(order), rows, True)["class_embedding"]
+    torch.testing.assert_close(guided, torch.cat([rows["null.class_embedding"], rows["class_embedding"]]))
+    assert torch.isfinite(Sampler(denoiser, DDIMScheduler(), 3).sample(drawn(order), by_rows(order), rows)).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({}, "the bank has none"),
+        ({"tokens": torch.zeros(2, 5, 8), "null.tokens": torch.zeros(5, 8)}, "have only tokens.*invert again"),
+        ({"class_embedding": torch.zeros(2, 7)}, r"are \[7\], the unet takes \[32\]"),
+    ],
+)
+def test_rows_that_another_model_was_inverted_with_are_refused(of_classes, rows, said):
+    denoiser = loaded(denoisers.inspect(of_classes))
+    with pytest.raises(ModelError, match=said):
+        denoiser.condition(by_rows(orders(2, classes=2)), rows, False)
+
+
+def test_the_folder_may_say_which_class_is_none(of_classes, tmp_path):
+    assert denoisers.inspect(of_classes).null_class is None
+    copy = shutil.copytree(of_classes, tmp_path / "copy")
+    (copy / "streamaug.json").write_text('{"null_class": 4}')
+    assert denoisers.inspect(copy).null_class == 4
+    (copy / "streamaug.json").write_text('{"null_class": 5}')
+    with pytest.raises(ModelError, match=r"null_class is 5.*from 0 to 4"):
+        denoisers.inspect(copy)
 
 
 def test_what_the_folder_says_is_known_without_its_weights(folder, of_classes):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from streamaug.config import load
 from streamaug.errors import BankError, ConfigError, MismatchError, ModelError, UsageError
 from streamaug.filtering.judge import pack_state
-from streamaug.prepare import prepare
+from streamaug.preparation import prepare
 from streamaug.sampling import denoisers
 from streamaug.sampling.denoisers import LoadSettings, inspect
 
@@ -126,7 +126,7 @@ def test_a_model_of_another_size_names_the_setting(small_overrides, model_copy):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["recipes.0.kind=generate"], "recipes.0: 'generate' needs"),
+        (["recipes=[{kind: prompt}]"], "recipes.0: 'prompt' needs"),
         (["recipes.0.guidance=[2, 3]"], "recipes.0.guidance"),
         (["recipes.0.classifier_guidance=[1, 2]", "judge.enabled=false"], "needs the judge"),
         (["model.null_class=3"], "model.null_class is 3"),

@@ -1,0 +1,213 @@
+"""Inversion as a job: images and methods to a bank, resumably, and what that takes before it is begun."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from streamaug.bank import BankPlan, BankWriter, Checkpoint, Group, LatentBank, open_if_current
+from streamaug.bank.files import WORK, data_files, groups_in
+from streamaug.data import ImageSet
+from streamaug.data.perceptual import perceptual_hash
+from streamaug.errors import BankError
+from streamaug.inversion.method import Method
+
+_log = logging.getLogger("streamaug")
+
+_WORTH_REPEATING = 10.0  # seconds; much of a shorter measurement is the reading of weights, so it is made twice
+
+
+def invert(
+    images: ImageSet,
+    path: str | os.PathLike,
+    methods: Sequence[Method],
+    *,
+    model_digest: str,
+    shard_rows: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentBank:
+    """Write the bank of `images` to the folder `path`, or open it when it is already there.
+
+    Goes on where an interrupted run stopped, and redoes only what changed images, model or settings affect: a group of
+    one method at least. Without methods the bank has labels and source hashes alone, and may have no rows. Images that
+    are there more than once are counted in the log. model_digest: identifies the model's weights. progress: called
+    with (rows done, rows in all), each row counted once a method, first with what an earlier run left. Raises
+    BankError, and whatever a method does.
+    """
+    plan = _plan(images, path, methods, model_digest, shard_rows)
+    report = progress or (lambda done, total: None)
+    total = plan.num_rows * len(methods)
+    bank = open_if_current(path, plan)
+    if bank is not None:
+        report(total, total)
+        return bank
+    _count_duplicates(images)
+    with BankWriter(path, plan) as writer:
+        done = sum(writer.done_rows(method.part.name) for method in methods)
+        report(done, total)
+        for method in methods:
+            name = method.part.name
+            for group in writer.pending(name):
+                writer.put(name, group, _compute(method, images, group, writer.checkpoint(name, group)))
+                done += len(group.rows)
+                report(done, total)
+        return writer.finish()
+
+
+@dataclass(frozen=True)
+class MethodEstimate:
+    """What one method takes. rows: in all; done_rows: those that an earlier run left; seconds_per_image: measured on
+    one group; start_seconds: until the first group runs, for reading weights; bytes: of the finished part."""
+
+    name: str
+    rows: int
+    done_rows: int
+    seconds_per_image: float
+    start_seconds: float
+    bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """What is left to do."""
+        left = self.rows - self.done_rows
+        return self.start_seconds + left * self.seconds_per_image if left else 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an inversion takes: time left and disk, by method and together; `str` is for people."""
+
+    path: Path
+    methods: list[MethodEstimate]
+    row_bytes: int  # of labels, hashes and source names
+
+    @property
+    def seconds(self) -> float:
+        return sum(method.seconds for method in self.methods)
+
+    @property
+    def bytes(self) -> int:
+        return self.row_bytes + sum(method.bytes for method in self.methods)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{method.name}: {method.rows:,} images, {method.done_rows:,} of them done; "
+            f"{_duration(method.seconds_per_image)} an image, {_duration(method.seconds)} to go; "
+            f"{_size(method.bytes)} on disk"
+            for method in self.methods
+        ]
+        return "\n".join([*lines, f"in all: {_duration(self.seconds)} to go, {_size(self.bytes)} at {self.path}"])
+
+
+def estimate(
+    images: ImageSet, path: str | os.PathLike, methods: Sequence[Method], *, model_digest: str, shard_rows: int
+) -> Estimate:
+    """What `invert` with the same arguments takes, measured on one group of each method, whose result is thrown away.
+
+    Nothing is written. Raises BankError, and whatever a method does.
+    """
+    plan = _plan(images, path, methods, model_digest, shard_rows)
+    stored = _stored_groups(Path(path))
+    found = []
+    for method in methods:
+        part = method.part
+        marks = plan.layout(part.name).fingerprints
+        pending = [group for group in plan.groups(part.name) if marks[group.number] not in stored]
+        group = pending[0] if pending else plan.groups(part.name)[0]
+        seconds_per_image, start_seconds, tensors = _measure(method, images, group)
+        found.append(
+            MethodEstimate(
+                name=part.name,
+                rows=plan.num_rows,
+                done_rows=plan.num_rows - sum(len(group.rows) for group in pending),
+                seconds_per_image=seconds_per_image,
+                start_seconds=start_seconds,
+                bytes=plan.num_rows * _row_bytes(tensors, part.torch_dtype),
+            )
+        )
+    return Estimate(Path(path), found, sum(tensor.nbytes for tensor in plan.row_tensors.values()))
+
+
+def _plan(
+    images: ImageSet, path: str | os.PathLike, methods: Sequence[Method], model_digest: str, shard_rows: int
+) -> BankPlan:
+    if methods and len(images) == 0:
+        raise BankError(
+            f"{path}: no images to put into the bank; give data.root a folder with images, or set bank.methods to "
+            "[prompt], which takes none"
+        )
+    return BankPlan(
+        labels=images.labels,
+        source_hashes=images.hashes,
+        source_names=images.sources,
+        class_names=images.class_names,
+        meta={"model": model_digest, "image_shape": list(images.image_shape)},
+        parts=[method.part for method in methods],
+        shard_rows=shard_rows,
+        perceptual_hashes=perceptual_hash(images.images),
+    )
+
+
+def _compute(method: Method, images: ImageSet, group: Group, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    rows = group.padded
+    return method.compute(images.images[rows], images.labels[rows], rows, checkpoint)
+
+
+def _measure(method: Method, images: ImageSet, group: Group) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Seconds an image takes, seconds until the first is begun, and a group's tensors.
+
+    A method whose groups take too long for that measures itself (`Embedding.rehearse`).
+    """
+    rows = group.padded
+    rehearse = getattr(method, "rehearse", None)
+    if rehearse is not None:
+        seconds_per_image, tensors = rehearse(images.images[rows], images.labels[rows], rows)
+        return seconds_per_image, 0.0, tensors
+    began = time.perf_counter()
+    tensors = _compute(method, images, group, Checkpoint(None))
+    first = again = time.perf_counter() - began
+    if first < _WORTH_REPEATING:
+        began = time.perf_counter()
+        _compute(method, images, group, Checkpoint(None))
+        again = min(first, time.perf_counter() - began)
+    return again / len(rows), first - again, tensors
+
+
+def _count_duplicates(images: ImageSet) -> None:
+    copies = len(images) - len(set(images.hashes))
+    if copies:
+        _log.warning("%d of %d images are the same, pixel for pixel, as another; each has a row", copies, len(images))
+
+
+def _stored_groups(folder: Path) -> set[str]:
+    """Fingerprints of the groups that a bank's folder holds, finished or not."""
+    files = [*data_files(folder), *(folder / WORK).glob("*-group-*.safetensors")] if folder.is_dir() else []
+    return {fingerprint for file in files for fingerprint, _ in groups_in(file)}
+
+
+def _row_bytes(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> int:
+    """Bytes that one row takes in the bank."""
+    return sum(
+        value[0].numel() * (dtype.itemsize if value.is_floating_point() and value.ndim > 1 else value.element_size())
+        for value in tensors.values()
+    )
+
+
+def _duration(seconds: float) -> str:
+    if 0 < seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"

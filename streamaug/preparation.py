@@ -1,0 +1,179 @@
+"""From a configuration to everything a stream needs: data, generator, bank, judge and planner, reused when current."""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamaug.bank import LatentBank
+from streamaug.bank.neighbours import nearest_rows
+from streamaug.config import Config
+from streamaug.data import ImageSet, Splits, load_splits
+from streamaug.engine import build, resolve_device, solver_settings
+from streamaug.filtering.calibration import build_judge
+from streamaug.filtering.configured import judge_features, make_judge
+from streamaug.filtering.features import Features
+from streamaug.filtering.judge import Judge, pack_state
+from streamaug.fits import check_model, check_recipes, check_without_images
+from streamaug.generator import check_writable, find_model, find_prompts
+from streamaug.inverting import write_bank
+from streamaug.orders import Planner, Schedule
+from streamaug.progress import Progress, Silent
+from streamaug.sampling import cascade
+from streamaug.sampling.denoisers import ModelInfo
+from streamaug.sampling.execution import Execution, check_execution, decide, measure
+from streamaug.sampling.solvers.table import schedule_of, solver_for
+from streamaug.training.classifiers import build_classifier
+
+log = logging.getLogger("streamaug")
+
+ENGINE = "streamaug.engine:build"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `Stream` is built from. `labelled` are the images in the bank, row for row; judge is None when off."""
+
+    config: Config
+    splits: Splits
+    labelled: ImageSet
+    model: ModelInfo
+    bank: LatentBank
+    judge: Judge | None
+    planner: Planner
+    prompts: Path | None = None  # the encoded prompts, for families that take them
+    features: Features | None = None  # what a judge with `judge.features` is fitted on
+
+    engine = ENGINE
+
+    @cached_property
+    def execution(self) -> Execution:
+        """How every producer runs the network: decided once, when a stream first asks."""
+        return _execution(self)
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        return self.options_for(self.execution)
+
+    def options_for(self, execution: Execution) -> dict[str, Any]:
+        """What `engine.build` needs, as plain data."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": str(self.model.path),
+            "bank": str(self.bank.path),
+            "num_classes": len(self.class_names),
+            "prompts": None if self.prompts is None else str(self.prompts),
+            "execution": execution.asdict(),
+        }
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.model.image_shape
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.bank.class_names
+
+    @property
+    def judge_state(self) -> np.ndarray | None:
+        return None if self.judge is None else pack_state(self.judge)
+
+    @property
+    def plan_extra(self) -> dict[str, Any]:
+        """What images depend on besides the plan: a state saved under another value is refused."""
+        return {
+            "model": self.model.digest,
+            "bank": self.bank.digest,
+            "sampling": self.config.digest("model", "judge"),
+            "prompts": None if self.prompts is None else self.prompts.stem,  # named by the hash of what they came from
+            "execution": self.execution.asdict(),
+        }
+
+
+def prepare(
+    config: Config,
+    *,
+    progress: Progress | None = None,
+    labelled: ImageSet | None = None,
+    fresh: bool = False,
+    with_judge: bool = True,
+) -> Prepared:
+    """Load the data, find or train the generator, invert the labelled images, fit the judge.
+
+    labelled: the images to invert; by default `data.shots` per class of the training split, drawn by `seed`. fresh:
+    train the prior again even if the cache has it. with_judge=False leaves the judge's weights to the caller.
+    """
+    progress = progress or Silent()
+    progress.phase("loading images")
+    splits = load_splits(config.data)
+    for note in splits.notes:
+        log.warning("%s", note)
+    _check_names(config, len(splits.train.class_names))
+    check_recipes(config)
+    if labelled is None:
+        labelled = splits.train.subset(splits.train.select_shots(config.data.shots, config.seed))
+    if len(labelled) == 0:
+        check_without_images(config)
+    model = find_model(config, splits.unlabelled, labelled, progress=progress, fresh=fresh)
+    check_model(config, model, labelled)
+    if model.upscaler is not None:
+        cascade.check(model.upscaler, config.model.upscaler_steps, config.model.upscaler_noise_level)
+    scheduler, options, when = solver_settings(config, model)
+    solver_for(scheduler, config.model.steps, options=options, timing=when)
+    prompts = find_prompts(config, model, labelled, progress)
+    judge, features = None, None
+    if config.judge.enabled:
+        progress.phase("fitting the judge")
+        features = judge_features(config, model)
+        if with_judge or config.bank.score:
+            judge = make_judge(config, labelled, config.seed, features)
+        else:
+            judge = build_judge(config, len(labelled.class_names), features)
+    bank = write_bank(config, model, labelled, prompts, judge, progress)
+    schedule = schedule_of(scheduler, config.model.steps, options=options, timing=when)
+    planner = _planner(config, bank, schedule, prompted=prompts is not None)
+    return Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)
+
+
+def _planner(config: Config, bank: LatentBank, schedule: Schedule, *, prompted: bool) -> Planner:
+    pairing = [recipe for recipe in config.recipes if recipe.kind in ("interpolate", "embedding") and recipe.weight > 0]
+    near = max((recipe.neighbours for recipe in pairing if recipe.pairs == "nearest"), default=0)
+    alone = [name for name, n in zip(bank.class_names, np.bincount(bank.labels), strict=False) if n == 1]
+    if alone and any(recipe.pairs != "mixed" for recipe in pairing):
+        log.warning("classes with one image have no partner and are varied by noise alone: %s", ", ".join(alone)[:500])
+    return Planner(
+        bank.labels,
+        len(bank.class_names),
+        schedule,
+        config.recipes,
+        config.stream.batch_size,
+        config.seed,
+        templates=len(config.model.prompts) if prompted else 1,
+        class_names=bank.class_names,
+        inverted_start=schedule.start_of(config.bank.ddim.depth),
+        neighbours=nearest_rows(bank, near, config.cache) if near else None,
+    )
+
+
+def _check_names(config: Config, num_classes: int) -> None:
+    """Refuse a device or a classifier that is not there before anything is trained."""
+    check_execution(config, resolve_device(config.model.device))
+    data = config.data
+    for name in {config.train.classifier, config.judge.classifier}:
+        build_classifier(name, channels=data.channels, image_size=data.image_size, num_classes=num_classes)
+
+
+def _execution(prepared: Prepared) -> Execution:
+    """How the network is run, measured on the first batch where it hangs on that."""
+    config = prepared.config
+    device = resolve_device(config.model.device)
+
+    def evaluation_seconds() -> float:
+        check_writable(config.cache)
+        engine, order = build(prepared.options_for(Execution())), prepared.planner.batch(0, prepared.planner.uniform())
+        return measure(lambda beat: engine.look(order, beat), device)
+
+    return decide(config, device, prepared.model.digest, evaluation_seconds)

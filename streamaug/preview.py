@@ -1,0 +1,98 @@
+"""The pictures one tunes by: what the stream delivers, and what one recipe does at increasing strength."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from streamaug.config import Config, Recipe
+from streamaug.demo.pictures import SampleRow, Sibling, preview_png, samples_png
+from streamaug.engine import Engine, build
+from streamaug.filtering.judge import pack_state
+from streamaug.fits import guides
+from streamaug.preparation import Prepared, prepare
+from streamaug.stream import Stream
+from streamaug.sweep import anchors, find_recipe, strength_of, sweep
+
+if TYPE_CHECKING:
+    from streamaug.demo.view import DemoView
+
+_BATCHES = 8
+_ROWS = 12
+
+_LEGENDS = {
+    "noise": "Depth: the share of the noise schedule that an image is sent back through before it is painted again.",
+    "latent_noise": "Strength: the share of fresh noise in the latent that the image was inverted to.",
+    "interpolate": "t: the weight of a second image. First column: what the bank's row gives back by itself.",
+    "embedding": "Alpha: the weight of a second image's embedding, and of noise in it; every image from fresh noise.",
+    "prompt": "Guidance: how strongly the class is insisted on; every image from fresh noise.",
+}
+_JUDGED = " Under each image: the probability that the judge gives to its class; red: rejected."
+
+
+def draw_delivered(config: Config, out: Path, count: int, view: "DemoView") -> int:
+    """A PNG of `count` images as the stream would deliver them; returns how many."""
+    # A batch has one depth: small batches show several.
+    size = min(config.stream.batch_size, math.ceil(count / _BATCHES))
+    stream = config.stream.model_copy(update={"batch_size": size, "starved": "wait"})
+    prepared = prepare(config.model_copy(update={"stream": stream}), progress=view)
+    view.phase("making images", total=count)
+    with Stream.from_prepared(prepared) as images:
+        batch = images.take(count)
+    steps = prepared.planner.schedule.steps
+    preview_png(batch, out, class_names=prepared.class_names, steps=steps, judged=prepared.judge is not None)
+    return len(batch.labels)
+
+
+def draw_recipe(config: Config, out: Path, name: str, view: "DemoView") -> int:
+    """A PNG of one recipe, a row for each source image: itself, what its bank row gives back, and images of increasing
+    strength with the judge's scores; returns how many were made.
+
+    name: the recipe's position in the configuration, or its kind. Raises UsageError for one there is not.
+    """
+    recipe = find_recipe(config.recipes, name)
+    config = Config.model_validate(config.model_dump() | {"recipes": [recipe.model_dump() | {"classes": None}]})
+    prepared = prepare(config, progress=view)
+    view.phase("making images")
+    engine = engine_of(prepared)
+    rows, made = _recipe_rows(prepared, engine, recipe)
+    legend = _LEGENDS[recipe.kind] + (_JUDGED if prepared.judge is not None else "")
+    samples_png(rows, out, title=f"Recipe {recipe.kind}, at increasing strength", legend=legend)
+    return made
+
+
+def engine_of(prepared: Prepared) -> Engine:
+    """The engine that a producer would run, in this process."""
+    engine = build(prepared.engine_options)
+    if prepared.judge is not None:
+        engine.load_judge(0, pack_state(prepared.judge))
+    return engine
+
+
+def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[list[SampleRow], int]:
+    what, amounts = strength_of(recipe, prepared.planner.schedule)
+    if recipe.kind == "prompt" and not guides(prepared.config, prepared.model):
+        amounts = (1.0,)
+    swept = sweep(prepared, engine, recipe, amounts, size=min(_ROWS, len(prepared.class_names)))
+    judged = prepared.judge is not None
+    order = np.argsort(swept[0].labels, kind="stable")
+    given_back = anchors(prepared, engine, recipe, swept[0].rows)
+    rows = []
+    for at in order:
+        row = int(swept[0].rows[at])
+        siblings = []
+        if given_back is not None:
+            siblings.append(Sibling(given_back[at], "given back", 0.0, None))
+        siblings += [
+            Sibling(
+                each.images[at],
+                f"{what} {each.amount:.2g}",
+                float(each.scores[at]),
+                bool(each.kept[at]) if judged else None,
+            )
+            for each in swept
+        ]
+        real = prepared.labelled.images[row] if row >= 0 else None
+        rows.append(SampleRow(prepared.class_names[swept[0].labels[at]], real, siblings))
+    return rows, sum(len(each.labels) for each in swept)

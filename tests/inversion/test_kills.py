@@ -1,0 +1,109 @@
+"""An inversion killed at any moment and started again ends in the bank that an undisturbed one writes, to the byte."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler
+from sampling.denoisers.tiny import unet2d
+
+# Reads bank folders from its standard input. For each it starts a process that inverts into it, and says which.
+INVERTER = textwrap.dedent(
+    """
+    import os, sys
+    from pathlib import Path
+
+    import numpy as np
+    from diffusers import DDIMScheduler, UNet2DModel  # diffusers imports at first use
+
+    from streamaug.config import Config
+    from streamaug.data import ImageSet
+    from streamaug.inversion.methods import methods_for
+    from streamaug.inversion.run import invert
+    from streamaug.sampling.denoisers import inspect
+
+    model, images = Path(sys.argv[1]), np.load(sys.argv[2])
+    config = Config.model_validate({
+        "model": {"path": str(model), "device": "cpu", "steps": 6},
+        "bank": {"methods": ["encode", "ddim"], "ddim": {"iterations": 2}, "shard_rows": 128},
+    })
+    real = ImageSet.from_arrays(images, np.arange(len(images)) % 2, ["cat", "dog"])
+    info = inspect(model)
+    for path in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            methods = methods_for(config, info, None)
+            invert(real, path.strip(), methods, model_digest=info.digest, shard_rows=config.bank.shard_rows)
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    """
+)
+ROWS = 300  # 5 groups in 3 shards
+
+
+@pytest.fixture(scope="module")
+def invert(tmp_path_factory) -> Iterator[Callable[[Path, float | None], float]]:
+    """A function that inverts into a folder in a process of its own, killed after so many seconds, if any are given.
+
+    Returns the seconds until the process ended. One interpreter imports everything, each process is a fork of it.
+    """
+    folder = tmp_path_factory.mktemp("inverter")
+    unet2d.build(folder / "model", scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
+    np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (ROWS, 3, 8, 8), dtype=np.uint8))
+    command = [sys.executable, "-c", INVERTER, str(folder / "model"), str(folder / "images.npy")]
+    inverter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert inverter.stdin is not None and inverter.stdout is not None
+    stdin, stdout = inverter.stdin, inverter.stdout
+
+    def run(path: Path, kill_after: float | None = None) -> float:
+        print(path, file=stdin, flush=True)
+        child = int(stdout.readline())
+        began = time.monotonic()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        status = int(stdout.readline())
+        assert status in ((0, -signal.SIGKILL) if kill_after is not None else (0,))
+        return time.monotonic() - began
+
+    yield run
+    stdin.close()
+    assert inverter.wait(timeout=30) == 0
+    stdout.close()
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.matrix)])
+def test_an_inversion_killed_at_random_moments_ends_in_the_same_bank(tmp_path, invert, kills):
+    seconds = invert(tmp_path / "undisturbed", None)
+    expected = contents(tmp_path / "undisturbed")
+    assert {name.split("-")[0] for name in expected} == {".bank", "index.json", "rows", "encode", "ddim"}
+    unfinished = 0
+    for kill in range(kills):
+        path = tmp_path / f"killed-{kill}"
+        moment = random.uniform(0, seconds)
+        invert(path, moment)
+        unfinished += not (path / "index.json").exists()
+        invert(path, None)
+        assert contents(path) == expected, f"killed after {moment:.4f} of {seconds:.4f} seconds"
+    assert unfinished > 0, "no kill came before the end"
+
+
+def test_a_bank_killed_again_and_again_is_still_the_same(tmp_path, invert):
+    seconds = invert(tmp_path / "undisturbed", None)
+    for _ in range(3):
+        invert(tmp_path / "killed", random.uniform(0, seconds / 2))
+    invert(tmp_path / "killed", None)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
