@@ -153,7 +153,9 @@ class PriorConfig(Section):
     steps: Annotated[int, Field(ge=1)] = 900
     batch_size: Annotated[int, Field(ge=1)] = 128
     lr: Annotated[float, Field(gt=0)] = 2e-3
-    labels: bool = False  # class-conditional: told the labelled images' classes, and "no class" for all others
+    labels: bool | Literal["all"] = (
+        False  # class-conditional: told the labels that data.shots leaves, or "all" there are
+    )
     seed: Seed = 0
 
 

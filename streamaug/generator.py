@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,14 +23,13 @@ def find_model(
     if config.model.path is not None:
         return inspect(config.model.path, config.data.image_size, config.model.variant, config.model.upscaler)
     assert config.prior is not None
-    images = unlabelled
-    labels = _known_labels(images, labelled) if config.prior.labels else None
-    path = config.cache / f"prior-{prior_digest(images, config.prior, labels)}"
+    labels = _known_labels(unlabelled, labelled, config.prior.labels) if config.prior.labels else None
+    path = config.cache / f"prior-{prior_digest(unlabelled, config.prior, labels)}"
     if fresh or not (path / "model_index.json").is_file():
         check_writable(config.cache)
         progress.phase("training the prior", config.prior.steps)
         train_prior(
-            images,
+            unlabelled,
             config.prior,
             path,
             labels=labels,
@@ -39,8 +39,10 @@ def find_model(
     return inspect(path)
 
 
-def _known_labels(images: ImageSet, labelled: ImageSet) -> np.ndarray:
-    """The label of each image that is among the labelled ones, int64 [N]; -1 for the others."""
+def _known_labels(images: ImageSet, labelled: ImageSet, which: Literal[True, "all"]) -> np.ndarray:
+    """The label of each image that is among the labelled ones, int64 [N]; -1 for the others. Of every image if "all"."""
+    if which == "all":
+        return images.labels
     label_of = dict(zip(labelled.hashes, labelled.labels.tolist(), strict=True))
     return np.array([label_of.get(digest, -1) for digest in images.hashes], dtype=np.int64)
 

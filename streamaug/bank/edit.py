@@ -22,7 +22,6 @@ from streamaug.bank.files import (
     file_entries,
     file_entry,
     groups_in,
-    read_index,
     refuse_foreign,
     seal,
     shard_bytes,
@@ -30,7 +29,7 @@ from streamaug.bank.files import (
 )
 from streamaug.bank.lock import lock
 from streamaug.bank.plan import hash_of, rows_fingerprint
-from streamaug.bank.reader import Groups, LatentBank, open_file
+from streamaug.bank.reader import Groups, LatentBank
 from streamaug.errors import BankError, MismatchError, UsageError, nearest
 
 _CONDITION = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*(\S+)\s*")

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from streamaug.bank import LatentBank
 from streamaug.cli import app
+from streamaug.data import ImageSet
 from streamaug.data.perceptual import perceptual_hash
 
 from .banks import CLASSES, contents, make_plan, plan_of, shard_of, write
@@ -71,7 +72,8 @@ def test_verify_repair_lists_what_it_drops_and_the_bank_opens_again(copy):
 
 def test_verify_against_fails_when_a_validation_image_was_inverted(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 4, 4), dtype=np.uint8)
-    plan = plan_of(["0", "1", "2"], perceptual_hashes=perceptual_hash(images[:3]))
+    hashes = ImageSet.from_arrays(images[:3], [0, 1, 2], CLASSES).hashes
+    plan = plan_of(["0", "1", "2"], source_hashes=hashes, perceptual_hashes=perceptual_hash(images[:3]))
     write(tmp_path / "bank", plan)
     folder = tmp_path / "validation" / "cat"
     folder.mkdir(parents=True)

@@ -55,7 +55,7 @@ def test_few_digits_are_near_another_and_most_altered_copies_are_near_their_orig
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_no_fashion_image_is_taken_for_another_and_altered_copies_are_found():
-    data = gzip.open(FASHION / "t10k-images-idx3-ubyte.gz").read()
+    data = gzip.decompress((FASHION / "t10k-images-idx3-ubyte.gz").read_bytes())
     images = np.frombuffer(data, np.uint8, offset=16).reshape(-1, 1, 28, 28)
     few = images[:200]
     distance = default_distance(28, 28)

@@ -92,7 +92,6 @@ def assert_equal(one, other):
 
 
 def standard_errors(gains):
-    print("SE", gains.mean(), gains.mean() / gains.std() * math.sqrt(len(gains)))
     return float(gains.mean() / gains.std() * math.sqrt(len(gains)))
 
 
