@@ -25,6 +25,7 @@ from streamaug.orders import OrderBatch
 from streamaug.sampling.cascade import AtSize, SecondStage, load_second_stage
 from streamaug.sampling.denoisers import LoadSettings, ModelInfo, inspect, load, load_scheduler, timing
 from streamaug.sampling.latents import row_conditioning, start_latents
+from streamaug.sampling.residence import Residence, Rows
 from streamaug.sampling.sampler import Sampler
 from streamaug.sampling.solvers.schedulers import configured, make_scheduler
 
@@ -46,13 +47,15 @@ class Engine:
         seed: int,
         kernels: str,
         second_stage: SecondStage | None = None,
+        residence: Residence = "mapped",
     ):
-        self.bank, self.sampler, self.judge = bank, sampler, judge
+        self.sampler, self.judge = sampler, judge
         self.second_stage = second_stage
         self.image_shape, self.latent_shape = image_shape, latent_shape
         self.seed, self.kernels = seed, kernels
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         self.device = sampler.denoiser.device
+        self.rows = Rows(bank, self.device, residence)
 
     def load_judge(self, version: int, state: np.ndarray) -> None:
         """Use these judge weights (`filtering.judge.pack_state`'s bytes) from now on."""
@@ -116,9 +119,8 @@ class Engine:
         self, order: OrderBatch, beat: Callable[[], None] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with self._timed("perturb"):
-            where: Any = {"seed": self.seed, "device": self.device, "kernels": self.kernels}
-            latents = start_latents(self.bank, order, self.latent_shape, **where)
-            rows = row_conditioning(self.bank, order, **where)
+            latents = start_latents(self.rows, order, self.latent_shape, seed=self.seed, kernels=self.kernels)
+            rows = row_conditioning(self.rows, order, seed=self.seed, kernels=self.kernels)
         with self._timed("sample"):
             latents = self.sampler.sample(latents, order, rows, on_evaluation=beat)
         with self._timed("decode"):
@@ -225,6 +227,7 @@ def build(options: dict[str, Any]) -> Engine:
         seed=seed,
         kernels=kernels,
         second_stage=second_stage,
+        residence=options["residence"],
     )
 
 

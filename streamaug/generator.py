@@ -40,7 +40,7 @@ def find_model(
 
 
 def _known_labels(images: ImageSet, labelled: ImageSet, which: Literal[True, "all"]) -> np.ndarray:
-    """The label of each image that is among the labelled ones, int64 [N]; -1 for the others. Of every image if "all"."""
+    """The label of each image that is among the labelled ones, or of "all", int64 [N]; -1 for the others."""
     if which == "all":
         return images.labels
     label_of = dict(zip(labelled.hashes, labelled.labels.tolist(), strict=True))

@@ -25,6 +25,8 @@ from streamaug.progress import Progress, Silent
 from streamaug.sampling import cascade
 from streamaug.sampling.denoisers import ModelInfo
 from streamaug.sampling.execution import Execution, check_execution, decide, measure
+from streamaug.sampling.residence import Residence
+from streamaug.sampling.residence import decide as decide_residence
 from streamaug.sampling.solvers.table import schedule_of, solver_for
 from streamaug.training.classifiers import build_classifier
 
@@ -54,6 +56,15 @@ class Prepared:
         """How every producer runs the network: decided once, when a stream first asks."""
         return _execution(self)
 
+    @cached_property
+    def residence(self) -> Residence:
+        """Where every producer keeps the bank: decided once, as `execution` is."""
+        recipes = [recipe for recipe in self.config.recipes if recipe.weight > 0]
+        names = [recipe.rows for recipe in recipes if recipe.rows]
+        if any(recipe.by_embedding for recipe in recipes):
+            names += self.bank.tensors_of("embedding")
+        return decide_residence(self.config.bank.device, self.bank, names, resolve_device(self.config.model.device))
+
     @property
     def engine_options(self) -> dict[str, Any]:
         return self.options_for(self.execution)
@@ -67,6 +78,7 @@ class Prepared:
             "num_classes": len(self.class_names),
             "prompts": None if self.prompts is None else str(self.prompts),
             "execution": execution.asdict(),
+            "residence": self.residence,
         }
 
     @property
@@ -90,6 +102,7 @@ class Prepared:
             "sampling": self.config.digest("model", "judge"),
             "prompts": None if self.prompts is None else self.prompts.stem,  # named by the hash of what they came from
             "execution": self.execution.asdict(),
+            "residence": self.residence,
         }
 
 

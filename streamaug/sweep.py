@@ -20,7 +20,7 @@ _AMOUNTS: dict[str, tuple[str, tuple[float, ...]]] = {
     "noise": ("depth", ()),
     "latent_noise": ("strength", (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
     "interpolate": ("t", (0.1, 0.2, 0.3, 0.4, 0.5, 0.75)),
-    "embedding": ("alpha", (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)),
+    "embedding": ("alpha", (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)),
     "prompt": ("guidance", (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)),
 }
 

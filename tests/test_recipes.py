@@ -19,6 +19,7 @@ from streamaug.orders import (
     Weights,
 )
 from streamaug.sampling.latents import mix_weights, start_latents
+from streamaug.sampling.residence import Rows
 
 CLASSES, ROWS = 4, 6  # rows a class
 ANGLES = np.linspace(np.pi / 2, 0, 9)
@@ -179,7 +180,7 @@ class Bank:
 def latents_of(recipe: Recipe, shape=(4, 16, 16)) -> tuple[torch.Tensor, np.ndarray]:
     plan, bank = planner(recipe), Bank(len(LABELS), shape)
     order = plan.batch(0, plan.uniform())
-    return start_latents(bank, order, shape, seed=0, device=torch.device("cpu"), kernels="auto"), order.images
+    return start_latents(Rows(bank, torch.device("cpu")), order, shape, seed=0, kernels="auto"), order.images
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ class BankPlan:
             "source_name_end": torch.from_numpy(np.cumsum([len(name) for name in names], dtype=np.int64)),
         }
         if self.perceptual_hashes is not None:
-            tensors["perceptual_hash"] = _bytes(self.perceptual_hashes.tobytes()).reshape(self.num_rows, -1)
+            width = self.perceptual_hashes.dtype.itemsize
+            tensors["perceptual_hash"] = _bytes(self.perceptual_hashes.tobytes()).reshape(-1, width)
         return tensors
 
     @cached_property

@@ -33,9 +33,10 @@ def perceptual_hash(images: np.ndarray) -> np.ndarray:
         textures with class-wise shapes, 32 × 32, 500    11         0         100%      99.8%   99.8%
         the same at 64 × 64, 300                         11         0         100%      100%    100%
 
-    64 bits are enough for none of these but the textures: with 8 × 8 frequencies, 7% of Fashion-MNIST's test images are
-    within 2 bits of one of its 60,000 training images, unlike as they are. A mirrored, turned or much cropped copy is
-    not found, nor one that was smaller than 16 × 16 in between.
+    Of all 600 million pairs of a Fashion-MNIST test image and a training image, 16 are so near: 14 differ by less than
+    10 grey levels (root mean square), so they are copies indeed, and two by 18 and 29. With the usual 64 bits, 7% of
+    the test images are within 2 bits of a training image, most of them unlike it. A mirrored, turned or much cropped
+    copy is not found, nor one that was smaller than 16 × 16 in between.
     """
     down, across = (_cosines(size) for size in images.shape[2:])
     hashes = [_hash(images[start : start + _CHUNK], down, across) for start in range(0, len(images), _CHUNK)]

@@ -93,7 +93,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 
 
 def main(
-    config: str = "digits",
+    config: Annotated[str, typer.Argument(metavar="CONFIG")] = "digits",
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe's position or kind. Repeatable.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Images at each strength.")] = 640,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the classifier.")] = 1500,

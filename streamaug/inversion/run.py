@@ -60,12 +60,17 @@ def invert(
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """What one method takes. rows: in all; done_rows: those that an earlier run left; seconds_per_image: measured on
-    one group; start_seconds: until the first group runs, for reading weights; bytes: of the finished part."""
+    """What one method takes.
+
+    rows: in all; done_rows: those that an earlier run left; computed_rows: those to be computed, with the copies that
+    fill the last group; seconds_per_image: measured on one group; start_seconds: until the first group runs, for
+    reading weights; bytes: of the finished part.
+    """
 
     name: str
     rows: int
     done_rows: int
+    computed_rows: int
     seconds_per_image: float
     start_seconds: float
     bytes: int
@@ -73,8 +78,7 @@ class MethodEstimate:
     @property
     def seconds(self) -> float:
         """What is left to do."""
-        left = self.rows - self.done_rows
-        return self.start_seconds + left * self.seconds_per_image if left else 0.0
+        return self.start_seconds + self.computed_rows * self.seconds_per_image if self.computed_rows else 0.0
 
 
 @dataclass(frozen=True)
@@ -115,18 +119,19 @@ def estimate(
     found = []
     for method in methods:
         part = method.part
-        marks = plan.layout(part.name).fingerprints
-        pending = [group for group in plan.groups(part.name) if marks[group.number] not in stored]
-        group = pending[0] if pending else plan.groups(part.name)[0]
-        seconds_per_image, start_seconds, tensors = _measure(method, images, group)
+        groups, marks = plan.groups(part.name), plan.layout(part.name).fingerprints
+        pending = [group for group in groups if marks[group.number] not in stored]
+        measured = _measure(method, images, pending[0] if pending else groups[0])
+        left = sum(len(group.rows) for group in pending)
         found.append(
             MethodEstimate(
                 name=part.name,
                 rows=plan.num_rows,
-                done_rows=plan.num_rows - sum(len(group.rows) for group in pending),
-                seconds_per_image=seconds_per_image,
-                start_seconds=start_seconds,
-                bytes=plan.num_rows * _row_bytes(tensors, part.torch_dtype),
+                done_rows=plan.num_rows - left,
+                computed_rows=len(pending) * part.group_rows if measured.copies_cost else left,
+                seconds_per_image=measured.seconds_per_image,
+                start_seconds=measured.start_seconds,
+                bytes=plan.num_rows * _row_bytes(measured.tensors, part.torch_dtype),
             )
         )
     return Estimate(Path(path), found, sum(tensor.nbytes for tensor in plan.row_tensors.values()))
@@ -157,16 +162,23 @@ def _compute(method: Method, images: ImageSet, group: Group, checkpoint: Checkpo
     return method.compute(images.images[rows], images.labels[rows], rows, checkpoint)
 
 
-def _measure(method: Method, images: ImageSet, group: Group) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Seconds an image takes, seconds until the first is begun, and a group's tensors.
+@dataclass(frozen=True)
+class _Measured:
+    """One group of a method, computed. copies_cost: whether rows that fill up a group take as long as others."""
 
-    A method whose groups take too long for that measures itself (`Embedding.rehearse`).
-    """
+    tensors: dict[str, torch.Tensor]
+    seconds_per_image: float
+    start_seconds: float = 0.0
+    copies_cost: bool = True
+
+
+def _measure(method: Method, images: ImageSet, group: Group) -> _Measured:
+    """A method whose groups take too long for that measures itself (`Embedding.rehearse`)."""
     rows = group.padded
     rehearse = getattr(method, "rehearse", None)
     if rehearse is not None:
         seconds_per_image, tensors = rehearse(images.images[rows], images.labels[rows], rows)
-        return seconds_per_image, 0.0, tensors
+        return _Measured(tensors, seconds_per_image, copies_cost=False)
     began = time.perf_counter()
     tensors = _compute(method, images, group, Checkpoint(None))
     first = again = time.perf_counter() - began
@@ -174,7 +186,7 @@ def _measure(method: Method, images: ImageSet, group: Group) -> tuple[float, flo
         began = time.perf_counter()
         _compute(method, images, group, Checkpoint(None))
         again = min(first, time.perf_counter() - began)
-    return again / len(rows), first - again, tensors
+    return _Measured(tensors, again / len(rows), first - again)
 
 
 def _count_duplicates(images: ImageSet) -> None:

@@ -42,7 +42,7 @@ def same_rows(bank: LatentBank, rows: list[int], whole: LatentBank) -> None:
 # ---- drop
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(dropped=subsets)
 def test_the_rows_left_after_a_drop_are_what_they_were(expected, tmp_path_factory, dropped):
     _, before, whole = expected
@@ -62,7 +62,7 @@ def test_the_rows_left_after_a_drop_are_what_they_were(expected, tmp_path_factor
         assert torch.equal(bank.group_mean("tokens", [at])[0], bank.tensor("tokens")[group].double().mean(0).float())
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(first=subsets, second=subsets)
 def test_dropping_twice_is_dropping_once(expected, tmp_path_factory, first, second):
     whole = expected[2]
@@ -204,7 +204,7 @@ def test_a_damaged_shard_is_not_carried_along(expected, copy, tmp_path):
 # ---- merge
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(part=subsets)
 def test_the_merge_of_a_split_is_the_whole(expected, tmp_path_factory, part):
     whole = expected[2]

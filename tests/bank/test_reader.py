@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamaug.bank import LatentBank
-from streamaug.data.perceptual import HASH_DTYPE
+from streamaug.data.perceptual import HASH_DTYPE, perceptual_hash
 from streamaug.errors import BankError
 
 from .banks import ARRAYS, CLASSES, ROWS, TENSORS, compute, contents, make_plan, write
@@ -110,7 +110,8 @@ def test_one_shard_is_mapped_and_writing_to_the_tensor_does_not_reach_the_file(t
 
 
 def test_a_bank_without_inversion_needs_no_rows(tmp_path):
-    bank = write(tmp_path / "bank", make_plan(rows=0, parts=[]))
+    plan = make_plan(rows=0, parts=[], perceptual_hashes=perceptual_hash(np.empty((0, 3, 8, 8), np.uint8)))
+    bank = write(tmp_path / "bank", plan)
     assert len(bank) == 0 and bank.parts == {} and bank.tensor_names == bank.row_arrays == []
     assert bank.class_names == CLASSES and bank.rows_with(["00" * 32]).tolist() == []
 

@@ -94,7 +94,7 @@ def test_a_checkpoint_of_nowhere_keeps_nothing():
 # ---- change
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(changed=st.sets(st.integers(0, ROWS - 1), min_size=1, max_size=4))
 def test_changed_images_redo_their_groups_only_and_leave_no_trace_of_history(expected, tmp_path_factory, changed):
     path = tmp_path_factory.mktemp("changed")

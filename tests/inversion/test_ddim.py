@@ -14,12 +14,14 @@ from sampling.denoisers.harness import sampler
 from sampling.denoisers.tiny import dit, sd3, stable_diffusion, unet2d
 
 from streamaug.bank import Checkpoint
-from streamaug.config import Config
+from streamaug.config import Config, DataConfig, PriorConfig
+from streamaug.data import ImageSet, load_splits
 from streamaug.errors import ConfigError
 from streamaug.inversion import ddim
 from streamaug.inversion.ddim import Ddim, Steps, run_backwards, run_forwards, steps_of
 from streamaug.inversion.encode import Codec, relative_error
 from streamaug.orders import ORDER_DTYPE, OrderBatch
+from streamaug.prior import train_prior
 from streamaug.sampling.conditioning import encode_prompts
 from streamaug.sampling.denoisers import LoadSettings, ModelInfo, inspect, load
 from streamaug.sampling.solvers.driver import schedule_of
@@ -219,12 +221,38 @@ def plain(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, ImageSet]:
+    """A small prior of the digits, barely trained, and digits it has not seen."""
+    digits = load_splits(DataConfig())
+    path = tmp_path_factory.mktemp("trained") / "prior"
+    train_prior(digits.train, PriorConfig(channels=[16, 32], steps=100, batch_size=64), path)
+    return path, digits.test.subset(range(12))
+
+
+def test_digits_come_back_from_fifty_steps_within_two_percent(trained):
+    path, digits = trained
+    free = {"steps": 50, "scheduler_config": {"clip_sample": False}}
+    found = {}
+    for iterations in (0, 2):
+        made = method(path, iterations=iterations, dtype="float16", model=free)
+        made_rows = made.compute(digits.images, digits.labels, np.arange(12), Checkpoint(None))
+        found[iterations] = made_rows["ddim.error"]
+    assert found[2].max() <= 0.002 < found[0].mean() < 0.05
+    assert 0.3 < made_rows["inverted"].float().std() < 3, "what comes out is no noise"
+
+
+def test_a_sampler_that_clamps_is_named_in_the_log(plain, caplog):
+    with caplog.at_level(logging.WARNING, "streamaug"):
+        assert len(method(plain).solver) == 8 and not caplog.records
+        method(plain, model={"scheduler_config": {"clip_sample": True}}).solver  # noqa: B018
+    assert "the sampler clamps its predictions" in caplog.text
+
+
 @pytest.mark.parametrize(("scheduler", "guidance"), [("keep", 1.0), ("keep", 2.0), ("euler", 1.0)])
 @pytest.mark.parametrize("depth", [0.5, 1.0])
 def test_the_sampler_makes_the_image_of_what_was_inverted(classy, scheduler, guidance, depth):
-    made = method(
-        classy, depth=depth, guidance=guidance, iterations=6, model={"scheduler": scheduler, "null_class": 5}
-    )
+    made = method(classy, depth=depth, guidance=guidance, iterations=6, model={"scheduler": scheduler, "null_class": 5})
     pixels, labels, found = run(made, 8)
     assert made.start == (4 if depth == 0.5 else 0) and found["inverted"].shape == pixels.shape
     back = sampled(made, inspect(classy), found["inverted"], labels, guidance, null_class=5)

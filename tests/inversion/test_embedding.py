@@ -28,6 +28,7 @@ from streamaug.sampling import denoisers
 from streamaug.sampling.conditioning import encode_prompts
 from streamaug.sampling.denoisers import LoadSettings
 from streamaug.sampling.latents import row_conditioning
+from streamaug.sampling.residence import Rows
 from streamaug.sampling.sampler import Sampler
 from streamaug.training.classifiers import build_classifier
 from streamaug.training.trainer import train
@@ -245,7 +246,7 @@ def test_a_bank_that_was_interrupted_twice_is_the_undisturbed_one(digits, prior,
     images = np.zeros(2, ORDER_DTYPE)
     images["template"], images["row_a"], images["row_b"], images["cond_w"] = -1, [1, 5], -1, (1, 0, 0)
     order = OrderBatch(0, 0, 0, 0, images)
-    rows = row_conditioning(bank, order, seed=0, device=CPU, kernels="torch")
+    rows = row_conditioning(Rows(bank, CPU), order, seed=0, kernels="torch")
     stored = bank.gather("class_embedding", np.arange(6)).float()
     torch.testing.assert_close(rows["class_embedding"], stored[[1, 5]])
     means = torch.stack([stored[:4].mean(0), stored[4:].mean(0)])

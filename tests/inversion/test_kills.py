@@ -15,7 +15,8 @@ import pytest
 from diffusers import DDIMScheduler
 from sampling.denoisers.tiny import unet2d
 
-# Reads bank folders from its standard input. For each it starts a process that inverts into it, and says which.
+# Reads bank folders from its standard input. For each it starts a process that inverts into it, and says which. After
+# another line it waits for it: until then the number is no other process's, and may be killed.
 INVERTER = textwrap.dedent(
     """
     import os, sys
@@ -37,13 +38,14 @@ INVERTER = textwrap.dedent(
     })
     real = ImageSet.from_arrays(images, np.arange(len(images)) % 2, ["cat", "dog"])
     info = inspect(model)
-    for path in sys.stdin:
+    while path := sys.stdin.readline():
         child = os.fork()
         if child == 0:
             methods = methods_for(config, info, None)
             invert(real, path.strip(), methods, model_digest=info.digest, shard_rows=config.bank.shard_rows)
             os._exit(0)
         print(child, flush=True)
+        sys.stdin.readline()
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 )
@@ -71,6 +73,7 @@ def invert(tmp_path_factory) -> Iterator[Callable[[Path, float | None], float]]:
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(child, signal.SIGKILL)
+        print("wait", file=stdin, flush=True)
         status = int(stdout.readline())
         assert status in ((0, -signal.SIGKILL) if kill_after is not None else (0,))
         return time.monotonic() - began

@@ -152,6 +152,7 @@ def test_an_estimate_knows_what_is_done_and_writes_nothing(tmp_path):
     found = estimate(images(), path, [method, Counting("ddim")], model_digest="m", shard_rows=32)
     assert (contents(tmp_path), {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}) == before
     assert [(each.name, each.rows, each.done_rows) for each in found.methods] == [("encode", 50, 32), ("ddim", 50, 0)]
+    assert [each.computed_rows for each in found.methods] == [32, 64], "the last group is filled up"
     assert set(map(tuple, method.groups)) == {tuple(range(32, 48))}, "it measures a group that is still to be done"
     assert found.seconds > 0
 
@@ -168,8 +169,8 @@ def test_the_estimated_bytes_are_those_of_the_bank_but_for_headers(tmp_path):
 
 
 def test_an_estimate_reads_as_time_and_disk_by_method_and_in_all():
-    encode = MethodEstimate("encode", 12000, 2000, 0.002, 1.0, 3_000_000)
-    ddim = MethodEstimate("ddim", 12000, 12000, 0.5, 1.0, 2_500_000_000)
+    encode = MethodEstimate("encode", 12000, 2000, 10000, 0.002, 1.0, 3_000_000)
+    ddim = MethodEstimate("ddim", 12000, 12000, 0, 0.5, 1.0, 2_500_000_000)
     assert str(Estimate(Path("b"), [encode, ddim], 500_000)).splitlines() == [
         "encode: 12,000 images, 2,000 of them done; 2 ms an image, 21 s to go; 3 MB on disk",
         "ddim: 12,000 images, 12,000 of them done; 500 ms an image, 0 s to go; 2.5 GB on disk",

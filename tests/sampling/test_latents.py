@@ -8,7 +8,9 @@ from streamaug.kernels.philox import normal
 from streamaug.errors import BankError
 from streamaug.orders import INTERP_CIRCLE, INTERP_LINEAR, INTERP_SPHERICAL, ORDER_DTYPE, OrderBatch
 from streamaug.sampling.latents import mix_weights, row_conditioning, start_latents
+from streamaug.sampling.residence import Rows
 
+CPU = torch.device("cpu")
 ROWS = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -64,9 +66,7 @@ class Bank:
 @pytest.mark.parametrize(("row_a", "row_b"), [(2, 0), (1, -1), (-1, -1)])
 def test_missing_rows_add_nothing(row_a, row_b):
     images = order(INTERP_LINEAR, 0.5, (0.5, 0.25, 0.0), row_a, row_b)
-    made = start_latents(
-        Bank(), OrderBatch(0, 0, 0, 0, images), (1, 4, 4), seed=0, device=torch.device("cpu"), kernels="auto"
-    )
+    made = start_latents(Rows(Bank(), CPU), OrderBatch(0, 0, 0, 0, images), (1, 4, 4), seed=0, kernels="auto")
     expected = sum((w * ROWS[row] for w, row in ((0.5, row_a), (0.25, row_b)) if row >= 0), torch.zeros(1, 4, 4))
     torch.testing.assert_close(made[0], expected)
 
@@ -92,9 +92,9 @@ def test_the_conditioning_mixes_two_rows_and_noise_and_its_null_is_the_mean_of_t
     images["id"] = [5, 6, 7]
     images["template"], images["row_a"], images["row_b"] = -1, [0, 5, 4], [1, 4, 4]
     images["cond_w"] = [(0.9, 0.1, 0.0), (1.0, 0.0, 0.0), (1.0, 0.0, 0.1)]
-    given = {"seed": 3, "device": torch.device("cpu"), "kernels": "torch"}
+    given = {"seed": 3, "kernels": "torch"}
     bank, order = EmbeddingBank(), OrderBatch(0, 0, 0, 0, images)
-    found = row_conditioning(bank, order, **given)
+    found = row_conditioning(Rows(bank, CPU), order, **given)
     assert found.keys() == {"class_embedding", "null.class_embedding"}
     noise = normal(torch.tensor([7]), (3,), seed=3, stream=16)[0]
     expected = [0.9 * bank.rows[0] + 0.1 * bank.rows[1], bank.rows[5], bank.rows[4] + 0.1 * noise]
@@ -103,13 +103,13 @@ def test_the_conditioning_mixes_two_rows_and_noise_and_its_null_is_the_mean_of_t
 
 
 def test_orders_by_label_need_no_rows():
-    given = {"seed": 0, "device": torch.device("cpu"), "kernels": "torch"}
-    assert row_conditioning(EmbeddingBank(), OrderBatch(0, 0, 0, 0, np.zeros(2, ORDER_DTYPE)), **given) == {}
+    given = {"seed": 0, "kernels": "torch"}
+    assert row_conditioning(Rows(EmbeddingBank(), CPU), OrderBatch(0, 0, 0, 0, np.zeros(2, ORDER_DTYPE)), **given) == {}
 
 
 def test_orders_on_rows_without_an_anchor_are_refused():
     images = np.zeros(2, ORDER_DTYPE)
     images["template"] = images["row_a"] = images["row_b"] = -1
-    given = {"seed": 0, "device": torch.device("cpu"), "kernels": "torch"}
+    given = {"seed": 0, "kernels": "torch"}
     with pytest.raises(BankError, match="needs anchors"):
-        row_conditioning(EmbeddingBank(), OrderBatch(0, 0, 0, 0, images), **given)
+        row_conditioning(Rows(EmbeddingBank(), CPU), OrderBatch(0, 0, 0, 0, images), **given)

@@ -60,9 +60,9 @@ def images_from_files(
     image_size: int,
     guidance: tuple[float, float],
     null_class: int | None = None,
-    generate: bool = True,
+    from_noise: bool = True,
 ) -> np.ndarray:
-    """From a folder of small PNGs to the engine's pictures of a batch from anchors and, if `generate`, one from noise.
+    """From a folder of small PNGs to the engine's pictures of a batch from anchors and, if `from_noise`, one from noise.
 
     uint8 [1 or 2, B, C, H, W], made twice and asserted equal.
     """
@@ -72,7 +72,7 @@ def images_from_files(
             pixels = np.random.default_rng(10 * label + i).integers(0, 256, (image_size, image_size, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
     recipes = [{"kind": "noise", "depth": [0.6, 0.7], "guidance": guidance}]
-    if generate:
+    if from_noise:
         recipes.append({"kind": "prompt", "guidance": guidance})
     text = f"""
 cache: {tmp_path / "cache"}
@@ -86,7 +86,7 @@ stream: {{batch_size: 3}}
     made = engine.build(prepared.engine_options)
     batches = [prepared.planner.batch(k, prepared.planner.uniform()) for k in range(12)]
     chosen = [next(batch for batch in batches if batch.start > 0)]
-    if generate:
+    if from_noise:
         chosen.append(next(batch for batch in batches if batch.start == 0))
     looks = [np.stack([made.look(batch)[0] for batch in chosen]) for _ in range(2)]
     np.testing.assert_array_equal(*looks)
