@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from streamaug.bank import LatentBank
+from streamaug.bank.files import INDEX
 from streamaug.config import Config, load
 from streamaug.data import ImageSet, as_image_set, load_splits
 from streamaug.engine import solver_settings
+from streamaug.errors import MismatchError
 from streamaug.filtering.configured import judge_features, make_judge
 from streamaug.filtering.judge import Judge
 from streamaug.fits import check_model, check_recipes
 from streamaug.generator import check_writable, find_model, find_prompts
 from streamaug.inversion import run
 from streamaug.inversion.methods import methods_for
+from streamaug.outputs import plain
 from streamaug.progress import Progress, Silent
 from streamaug.sampling.denoisers import ModelInfo
 
@@ -78,8 +81,50 @@ def write_bank(
         methods_for(config, model, prompts, judge),
         model_digest=model.digest,
         shard_rows=config.bank.shard_rows,
+        fit=config.data.fit,
         progress=advance,
     )
+
+
+def find_bank(
+    config: Config,
+    model: ModelInfo,
+    images: ImageSet,
+    prompts: Path | None,
+    judge: Judge | None,
+    progress: Progress,
+) -> LatentBank:
+    """The bank for training: written if need be, and used as it is where its rows were dropped or merged.
+
+    Raises MismatchError when such a bank is of another model, of other methods or settings, or of other classes.
+    """
+    path = config.bank.path
+    if path is not None and (path / INDEX).is_file():
+        bank = LatentBank.open(path)
+        if bank.edits:
+            _check_edited(bank, config, model, images, prompts, judge)
+            log.info("%s is used as it is (%s); `streamaug invert` makes it whole again", path, "; ".join(bank.edits))
+            return bank
+    return write_bank(config, model, images, prompts, judge, progress)
+
+
+def _check_edited(
+    bank: LatentBank, config: Config, model: ModelInfo, images: ImageSet, prompts: Path | None, judge: Judge | None
+) -> None:
+    remedy = "run `streamaug invert` to make it anew, or set bank.path to another folder"
+    wanted = {method.part.name: plain(method.part.meta) for method in methods_for(config, model, prompts, judge)}
+    for name, meta in wanted.items():
+        if name not in bank.parts:
+            raise MismatchError(f"{bank.path}: the bank has no part '{name}', which bank.methods names; {remedy}")
+        if plain(bank.parts[name]) != meta:
+            raise MismatchError(
+                f"{bank.path}: '{name}' was made with {bank.parts[name]}, the configuration asks for {meta}; {remedy}"
+            )
+    if bank.class_names != images.class_names:
+        raise MismatchError(
+            f"{bank.path}: the bank's classes are {', '.join(bank.class_names)[:300]}, the data's are "
+            f"{', '.join(images.class_names)[:300]}; {remedy}"
+        )
 
 
 def bank_path(config: Config, model: ModelInfo, images: ImageSet) -> Path:

@@ -19,7 +19,7 @@ from streamaug.filtering.features import Features
 from streamaug.filtering.judge import Judge, pack_state
 from streamaug.fits import check_model, check_recipes, check_without_images
 from streamaug.generator import check_writable, find_model, find_prompts
-from streamaug.inverting import write_bank
+from streamaug.inverting import find_bank
 from streamaug.orders import Planner, Schedule
 from streamaug.progress import Progress, Silent
 from streamaug.sampling import cascade
@@ -37,7 +37,11 @@ ENGINE = "streamaug.engine:build"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `Stream` is built from. `labelled` are the images in the bank, row for row; judge is None when off."""
+    """What `Stream` is built from.
+
+    labelled: the images that were inverted, in the order of the bank's rows unless rows were dropped or merged; judge:
+    None when off.
+    """
 
     config: Config
     splits: Splits
@@ -145,7 +149,7 @@ def prepare(
             judge = make_judge(config, labelled, config.seed, features)
         else:
             judge = build_judge(config, len(labelled.class_names), features)
-    bank = write_bank(config, model, labelled, prompts, judge, progress)
+    bank = find_bank(config, model, labelled, prompts, judge, progress)
     schedule = schedule_of(scheduler, config.model.steps, options=options, timing=when)
     planner = _planner(config, bank, schedule, prompted=prompts is not None)
     return Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)

@@ -78,6 +78,7 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
     judged = prepared.judge is not None
     order = np.argsort(swept[0].labels, kind="stable")
     given_back = anchors(prepared, engine, recipe, swept[0].rows)
+    source_of = dict(zip(prepared.labelled.hashes, prepared.labelled.images, strict=True))
     rows = []
     for at in order:
         row = int(swept[0].rows[at])
@@ -93,6 +94,6 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
             )
             for each in swept
         ]
-        real = prepared.labelled.images[row] if row >= 0 else None
+        real = source_of.get(prepared.bank.source_hash(row)) if row >= 0 else None
         rows.append(SampleRow(prepared.class_names[swept[0].labels[at]], real, siblings))
     return rows, sum(len(each.labels) for each in swept)

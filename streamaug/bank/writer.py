@@ -246,12 +246,16 @@ class BankWriter:
 
 
 def open_if_current(path: str | os.PathLike, plan: BankPlan) -> LatentBank | None:
-    """The bank at `path` if it is what the plan asks for and complete. Writes nothing."""
+    """The bank at `path` if it holds all that the plan asks for, and perhaps other parts. Writes nothing."""
     try:
         bank = LatentBank.open(path)
     except BankError:
         return None
-    return bank if bank.fingerprint == plan.fingerprint and not (bank.path / WORK).exists() else None
+    there = {part["name"]: [entry["file"] for entry in part["shards"]] for part in bank.index["parts"]}
+    complete = all(there.get(part.name) == plan.layout(part.name).shard_names for part in plan.parts)
+    rows = f"rows-{plan.rows_fingerprint}.safetensors" == bank.index["rows"]["file"]
+    same = list(plan.class_names) == bank.class_names and dict(plan.meta) == bank.meta
+    return bank if complete and rows and same and not (bank.path / WORK).exists() else None
 
 
 def _known_checksums(folder: Path) -> dict[str, str]:

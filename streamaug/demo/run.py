@@ -15,6 +15,7 @@ from streamaug.demo.pictures import SampleRow, Sibling, curves_png, samples_png
 from streamaug.demo.report import Arm, Curve, Timeline, build_report, write_report
 from streamaug.demo.view import DemoView
 from streamaug.engine import build
+from streamaug.errors import ConfigError
 from streamaug.experiment import for_arm, run_arm
 from streamaug.filtering.calibration import fit_judge
 from streamaug.filtering.judge import Judge, pack_state
@@ -75,6 +76,10 @@ def run_demo(
     seeds = [config.seed + i for i in range(FULL_SEEDS if full else config.demo.seeds)]
     draws = LabelledDraws.of(config, seeds)
     prepared = prepare(config, progress=view, labelled=draws.union, fresh=fresh, with_judge=False)
+    if prepared.bank.edits:
+        raise ConfigError(
+            f"{prepared.bank.path}: its rows were edited, and the demo needs them all: set bank.path to null"
+        )
     arms = {"real_only": _Arm(), "stream": _Arm()}
     if full:
         arms["real_only_equal_time"] = _Arm()

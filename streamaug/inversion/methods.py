@@ -28,7 +28,7 @@ def methods_for(config: Config, model: ModelInfo, prompts: Path | None, judge: J
         elif name == "ddim":
             methods.append(Ddim(model, config, prompts, codec))
         elif name == "embedding":
-            methods.append(Embedding(model, config, prompts))
+            methods.append(Embedding(model, config, prompts, codec))
     if methods and config.bank.score and judge is not None:
         methods.append(Score(model, config.bank.dtype, codec, judge))
     return methods

@@ -28,23 +28,27 @@ def invert(
     *,
     model_digest: str,
     shard_rows: int,
+    fit: str = "crop",
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentBank:
     """Write the bank of `images` to the folder `path`, or open it when it is already there.
 
     Goes on where an interrupted run stopped, and redoes only what changed images, model or settings affect: a group of
-    one method at least. Without methods the bank has labels and source hashes alone, and may have no rows. Images that
-    are there more than once are counted in the log. model_digest: identifies the model's weights. progress: called
+    one method at least. Methods of a bank that is there already and complete may be more than are asked for; a bank
+    that would lose a method by being written anew is refused. Without methods the bank has labels and source hashes alone, and may have no rows. Images that
+    are there more than once are counted in the log. model_digest: identifies the model's weights. fit: how the images
+    were brought to their size, for comparing them with others later. progress: called
     with (rows done, rows in all), each row counted once a method, first with what an earlier run left. Raises
     BankError, and whatever a method does.
     """
-    plan = _plan(images, path, methods, model_digest, shard_rows)
+    plan = _plan(images, path, methods, model_digest, shard_rows, fit)
     report = progress or (lambda done, total: None)
     total = plan.num_rows * len(methods)
     bank = open_if_current(path, plan)
     if bank is not None:
         report(total, total)
         return bank
+    _refuse_to_lose(Path(path), plan)
     _count_duplicates(images)
     with BankWriter(path, plan) as writer:
         done = sum(writer.done_rows(method.part.name) for method in methods)
@@ -108,13 +112,19 @@ class Estimate:
 
 
 def estimate(
-    images: ImageSet, path: str | os.PathLike, methods: Sequence[Method], *, model_digest: str, shard_rows: int
+    images: ImageSet,
+    path: str | os.PathLike,
+    methods: Sequence[Method],
+    *,
+    model_digest: str,
+    shard_rows: int,
+    fit: str = "crop",
 ) -> Estimate:
     """What `invert` with the same arguments takes, measured on one group of each method, whose result is thrown away.
 
     Nothing is written. Raises BankError, and whatever a method does.
     """
-    plan = _plan(images, path, methods, model_digest, shard_rows)
+    plan = _plan(images, path, methods, model_digest, shard_rows, fit)
     stored = _stored_groups(Path(path))
     found = []
     for method in methods:
@@ -138,7 +148,7 @@ def estimate(
 
 
 def _plan(
-    images: ImageSet, path: str | os.PathLike, methods: Sequence[Method], model_digest: str, shard_rows: int
+    images: ImageSet, path: str | os.PathLike, methods: Sequence[Method], model_digest: str, shard_rows: int, fit: str
 ) -> BankPlan:
     if methods and len(images) == 0:
         raise BankError(
@@ -150,11 +160,25 @@ def _plan(
         source_hashes=images.hashes,
         source_names=images.sources,
         class_names=images.class_names,
-        meta={"model": model_digest, "image_shape": list(images.image_shape)},
+        meta={"model": model_digest, "image_shape": list(images.image_shape), "fit": fit},
         parts=[method.part for method in methods],
         shard_rows=shard_rows,
         perceptual_hashes=perceptual_hash(images.images),
     )
+
+
+def _refuse_to_lose(path: Path, plan: BankPlan) -> None:
+    """Raise BankError when the bank at `path` holds parts that the plan has not: writing it would delete them."""
+    try:
+        bank = LatentBank.open(path)
+    except BankError:
+        return
+    lost = sorted(set(bank.parts) - {part.name for part in plan.parts} - {"score"})
+    if lost:
+        raise BankError(
+            f"{path}: this bank also holds {', '.join(lost)}, which bank.methods does not name, and is not current "
+            "otherwise: writing it would delete them; name them too, or set bank.path to another folder"
+        )
 
 
 def _compute(method: Method, images: ImageSet, group: Group, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ def images_from_files(
     null_class: int | None = None,
     from_noise: bool = True,
 ) -> np.ndarray:
-    """From a folder of small PNGs to the engine's pictures of a batch from anchors and, if `from_noise`, one from noise.
+    """From a folder of small PNGs to the engine's pictures: a batch from anchors and, if `from_noise`, one from noise.
 
     uint8 [1 or 2, B, C, H, W], made twice and asserted equal.
     """

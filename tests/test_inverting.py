@@ -1,0 +1,171 @@
+"""Inverting by configuration: every method from YAML, a data set of one's own, and banks that people have edited."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import streamaug as sa
+from streamaug.bank import LatentBank
+from streamaug.bank.edit import drop
+from streamaug.cli import app
+from streamaug.config import Config, load
+from streamaug.errors import BankError, ConfigError, MismatchError
+from streamaug.inverting import invert_configured
+from streamaug.preparation import prepare
+from streamaug.progress import Silent
+from streamaug.stream import Stream
+
+SMALL = [
+    "prior.steps=2",
+    "prior.channels=[8, 16]",
+    "prior.labels=all",
+    "judge.enabled=false",
+    "judge.features=false",
+    "model.steps=2",
+    "model.compile=false",
+    "data.shots=2",
+    "bank.ddim.iterations=1",
+    "bank.embedding.visits=4",
+    "stream.producers=1",
+    "stream.batch_size=10",
+    "stream.backend=local",
+]
+RECIPES = {
+    "encode": "{kind: noise}",
+    "ddim": "{kind: latent_noise}",
+    "embedding": "{kind: embedding, guidance: [2, 2]}",
+    "prompt": "{kind: prompt, guidance: [1.5, 1.5]}",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def settings(cache: Path, *overrides: str) -> Config:
+    return load("digits", [*SMALL, f"cache={cache}", *overrides])
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_stream_runs_from_each_method_alone(cache, method):
+    config = settings(cache, f"bank.methods=[{method}]", f"recipes=[{RECIPES[method]}]")
+    with Stream.from_prepared(prepare(config)) as stream:
+        assert len(stream.take(20).images) == 20
+
+
+def test_one_bank_holds_all_methods_and_serves_a_mixture_of_recipes(cache):
+    methods = ["encode", "ddim", "embedding"]
+    recipes = ", ".join([*RECIPES.values(), "{kind: interpolate, pairs: nearest}", "{kind: interpolate, pairs: mixed}"])
+    config = settings(cache, f"bank.methods=[{', '.join(methods)}]", f"recipes=[{recipes}]")
+    prepared = prepare(config)
+    assert list(prepared.bank.parts) == methods
+    with Stream.from_prepared(prepared) as stream:
+        batch = stream.take(150)
+    assert (batch.label_mix > 0).any() and (
+        batch.labels[batch.label_mix > 0] != batch.label_b[batch.label_mix > 0]
+    ).all()
+
+
+@pytest.mark.parametrize(
+    ("methods", "recipe", "missing"),
+    [
+        ("[encode]", "{kind: latent_noise}", "add ddim"),
+        ("[ddim]", "{kind: noise}", "add encode"),
+        ("[encode]", "{kind: noise, conditioning: embedding}", "add embedding"),
+        ("[prompt]", "{kind: embedding}", "add embedding"),
+    ],
+)
+def test_a_recipe_whose_rows_no_method_writes_is_refused(cache, methods, recipe, missing):
+    with pytest.raises(ConfigError, match=missing):
+        prepare(settings(cache, f"bank.methods={methods}", f"recipes=[{recipe}]"))
+
+
+def test_the_score_of_each_row_is_stored_when_asked_for(cache):
+    config = settings(cache, "bank.score=true", "judge.enabled=true", "judge.steps=2")
+    scores = invert_configured(config, progress=Silent()).row_array("encode.score")
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_classes_with_one_image_are_varied_by_noise_and_named(cache, caplog):
+    with caplog.at_level("WARNING", logger="streamaug"):
+        prepare(settings(cache, "data.shots=1", "recipes=[{kind: interpolate}]"))
+    assert "one image" in caplog.text and "0, 1, 2" in caplog.text
+
+
+def test_class_names_alone_serve_a_model_that_knows_them(cache, tmp_path):
+    prior = prepare(settings(cache)).model.path
+    names = ", ".join(f"'{digit}'" for digit in range(10))
+    config = settings(
+        cache,
+        f"data={{source: classes, class_names: [{names}], image_size: 8, channels: 1}}",
+        f"model.path={prior}",
+        "bank.methods=[prompt]",
+        "recipes=[{kind: prompt}]",
+    )
+    prepared = prepare(config)
+    assert prepared.bank.num_rows == 0
+    with Stream.from_prepared(prepared) as stream:
+        assert set(stream.take(40).labels) == set(range(10))
+    with pytest.raises(ConfigError, match="nothing to invert"):
+        prepare(config.model_copy(update={"bank": settings(cache).bank}))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "arrays", "torch"])
+def test_a_data_set_of_ones_own_is_inverted(cache, tmp_path, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
+    if kind == "torch":
+        dataset = torch.utils.data.TensorDataset(torch.from_numpy(pixels)[:, None], torch.arange(6) % 2)
+    else:
+        images = [Image.fromarray(each) for each in pixels] if kind == "pairs" else list(pixels)
+        dataset = [(image, label % 2) for label, image in enumerate(images)]
+    config = settings(cache, "prior.labels=false")
+    bank = sa.invert(dataset, config, path=tmp_path / "bank")
+    assert bank.path == tmp_path / "bank" and bank.labels.tolist() == [0, 1] * 3
+    expected = torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
+    torch.testing.assert_close(bank.tensor("latent").float(), expected, atol=1e-3, rtol=0)
+
+
+def test_a_bank_whose_rows_were_dropped_is_trained_with_as_it_is(cache, tmp_path):
+    config = settings(cache, f"bank.path={tmp_path / 'bank'}", "recipes=[{kind: noise, classes: ['1']}, {kind: noise}]")
+    whole = invert_configured(config, progress=Silent())
+    named = tmp_path / "unwanted.txt"
+    named.write_text(whole.source_hash(0) + "\n")
+    drop(tmp_path / "bank", hashes=named)
+    prepared = prepare(config)
+    assert prepared.bank.num_rows == whole.num_rows - 1 and prepared.bank.digest != whole.digest
+    with Stream.from_prepared(prepared) as stream:
+        assert len(stream.take(30).images) == 30
+    assert invert_configured(config, progress=Silent()).digest == whole.digest
+
+
+def test_an_edited_bank_of_other_settings_is_refused(cache, tmp_path):
+    config = settings(cache, f"bank.path={tmp_path / 'bank'}", "bank.methods=[ddim]", "recipes=[{kind: latent_noise}]")
+    bank = invert_configured(config, progress=Silent())
+    (tmp_path / "hashes").write_text(bank.source_hash(3))
+    drop(tmp_path / "bank", hashes=tmp_path / "hashes")
+    other = config.bank.model_copy(update={"ddim": config.bank.ddim.model_copy(update={"iterations": 2})})
+    with pytest.raises(MismatchError, match=r"'iterations': 1.*'iterations': 2"):
+        prepare(config.model_copy(update={"bank": other}))
+
+
+def test_a_bank_with_more_methods_than_asked_for_is_used_and_never_shortened(cache, tmp_path):
+    path = f"bank.path={tmp_path / 'bank'}"
+    both = invert_configured(settings(cache, path, "bank.methods=[encode, ddim]"), progress=Silent())
+    assert invert_configured(settings(cache, path), progress=Silent()).digest == both.digest
+    with pytest.raises(BankError, match="also holds ddim"):
+        invert_configured(settings(cache, path, "data.shots=3"), progress=Silent())
+    assert LatentBank.open(tmp_path / "bank").digest == both.digest
+
+
+def test_a_dry_run_says_time_and_disk_and_writes_no_bank(cache, tmp_path):
+    given = [option for override in [*SMALL, f"cache={cache}"] for option in ("--set", override)]
+    invert = ["invert", "digits", *given, "--out", str(tmp_path / "bank")]
+    result = CliRunner().invoke(app, [*invert, "--dry-run", "--set", "bank.methods=[encode, ddim]"])
+    assert result.exit_code == 0, result.output
+    assert "ddim: 20 images" in result.stdout and "on disk" in result.stdout
+    assert not (tmp_path / "bank").exists()
