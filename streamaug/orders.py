@@ -352,7 +352,7 @@ def _allowed(recipes: Sequence[Recipe], num_classes: int, names: Sequence[str] |
         found.append(mask)
     left = np.flatnonzero(~np.any(found, axis=0))
     if len(left):
-        named = [str(label) if names is None else names[label] for label in left]
+        named = [str(label) if names is None else names[label] for label in left.tolist()]
         raise DataError(f"no recipe is for class {', '.join(named)[:200]}: add one, or one without classes")
     return found
 

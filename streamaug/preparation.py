@@ -64,7 +64,7 @@ class Prepared:
     def residence(self) -> Residence:
         """Where every producer keeps the bank: decided once, as `execution` is."""
         recipes = [recipe for recipe in self.config.recipes if recipe.weight > 0]
-        names = [recipe.rows for recipe in recipes if recipe.rows]
+        names: list[str] = [recipe.rows for recipe in recipes if recipe.rows]
         if any(recipe.by_embedding for recipe in recipes):
             names += self.bank.tensors_of("embedding")
         return decide_residence(self.config.bank.device, self.bank, names, resolve_device(self.config.model.device))

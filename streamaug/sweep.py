@@ -55,7 +55,7 @@ def find_recipe(recipes: Sequence[Recipe], name: str) -> Recipe:
         raise UsageError(f"--recipe {name}: the configuration has recipes 0 to {len(recipes) - 1}")
     if name not in _AMOUNTS:
         raise UsageError(f"--recipe {name}: expected a recipe's position or its kind: {', '.join(_AMOUNTS)}")
-    return next((recipe for recipe in recipes if recipe.kind == name), Recipe(kind=name))
+    return next((recipe for recipe in recipes if recipe.kind == name), Recipe.model_validate({"kind": name}))
 
 
 def strength_of(recipe: Recipe, schedule: Schedule) -> tuple[str, tuple[float, ...]]:

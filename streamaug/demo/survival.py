@@ -81,8 +81,12 @@ def as_markdown(found: dict[str, Any]) -> str:
     """The tables, one after the other."""
     lines = []
     for table in found["tables"]:
+        recipe = table["recipe"]
+        what = f"{recipe['kind']}: {table['strength']}"
+        if recipe["kind"] == "interpolate":
+            what = f"interpolate, {recipe['latents']} latents, {recipe['mode']}: t"
         lines += [
-            f"| {table['recipe']['kind']}: {table['strength']} | label survives | accepted | survives among accepted |",
+            f"| {what} | label survives | accepted | survives among accepted |",
             "|---|---|---|---|",
         ]
         for row in table["rows"]:

@@ -34,12 +34,12 @@ def invert(
     """Write the bank of `images` to the folder `path`, or open it when it is already there.
 
     Goes on where an interrupted run stopped, and redoes only what changed images, model or settings affect: a group of
-    one method at least. Methods of a bank that is there already and complete may be more than are asked for; a bank
-    that would lose a method by being written anew is refused. Without methods the bank has labels and source hashes alone, and may have no rows. Images that
-    are there more than once are counted in the log. model_digest: identifies the model's weights. fit: how the images
-    were brought to their size, for comparing them with others later. progress: called
-    with (rows done, rows in all), each row counted once a method, first with what an earlier run left. Raises
-    BankError, and whatever a method does.
+    one method at least. A bank that is there and complete may hold other methods too; one that would lose a method by
+    being written anew is refused. Without methods the bank has labels and source hashes alone, and may have no rows.
+    Images that are there more than once are counted in the log. model_digest: identifies the model's weights. fit: how
+    the images were brought to their size, for comparing them with others later. progress: called with (rows done, rows
+    in all), each row counted once a method, first with what an earlier run left. Raises BankError, and whatever a
+    method does.
     """
     plan = _plan(images, path, methods, model_digest, shard_rows, fit)
     report = progress or (lambda done, total: None)

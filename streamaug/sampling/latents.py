@@ -15,8 +15,8 @@ def start_latents(rows: Rows, order: OrderBatch, shape: tuple[int, ...], *, seed
     """The latents [B, *shape] fp32 at which the order's images enter the schedule."""
     images = order.images
     anchored = images["latent_w"][:, :2].any()  # fresh noise reads no rows: the anchors are for the conditioning
-    at = (images[name] if anchored else np.full(len(images), -1) for name in ("row_a", "row_b"))
-    found, row_a, row_b = rows.gather(ORIGINS[order.origin], *at, shape)
+    a, b = (images[name] if anchored else np.full(len(images), -1) for name in ("row_a", "row_b"))
+    found, row_a, row_b = rows.gather(ORIGINS[order.origin], a, b, shape)
     weights = mix_weights(images, found, row_a, row_b)
     return _mix(found, row_a, row_b, weights, order, _LATENT_STREAM, seed, kernels)
 
