@@ -171,6 +171,7 @@ def build(options: dict[str, Any]) -> Engine:
     dtype = _DTYPES.get(config.model.dtype) or (torch.float16 if device.type == "cuda" else torch.float32)
     model = config.model
     info = inspect(Path(options["model"]), config.data.image_size, model.variant, model.upscaler)
+    info = replace(info, class_ids=options["class_ids"])
     prompts, execution = options["prompts"], options["execution"]
     denoiser = load(
         info,

@@ -58,7 +58,7 @@ def check_model(config: Config, model: ModelInfo, labelled: ImageSet) -> None:
     null_class = _null_class(config, model)
     if null_class is not None and not 0 <= null_class < model.num_classes:
         raise MismatchError(f"model.null_class is {null_class}, the model has classes 0 to {model.num_classes - 1}")
-    if null_class is not None and null_class < classes:
+    if null_class is not None and null_class < classes and model.class_ids is None:
         raise MismatchError(
             f"the class {null_class} of {model.path} means 'no class' and is one of the data's {classes} classes: set "
             f"data.root to a folder of at most {null_class}, or model.null_class to the class that means none"

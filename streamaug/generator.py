@@ -13,7 +13,7 @@ from streamaug.errors import ConfigError
 from streamaug.prior import prior_digest, train_prior
 from streamaug.progress import Progress
 from streamaug.sampling.conditioning import encode_prompts
-from streamaug.sampling.denoisers import ModelInfo, inspect
+from streamaug.sampling.denoisers import ModelInfo, inspect, with_class_ids
 
 
 def find_model(
@@ -21,7 +21,8 @@ def find_model(
 ) -> ModelInfo:
     """The configured model, or the cached prior of the `unlabelled` images, trained now when there is none."""
     if config.model.path is not None:
-        return inspect(config.model.path, config.data.image_size, config.model.variant, config.model.upscaler)
+        model = inspect(config.model.path, config.data.image_size, config.model.variant, config.model.upscaler)
+        return with_class_ids(model, labelled.class_names)
     assert config.prior is not None
     labels = _known_labels(unlabelled, labelled, config.prior.labels) if config.prior.labels else None
     path = config.cache / f"prior-{prior_digest(unlabelled, config.prior, labels)}"

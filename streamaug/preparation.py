@@ -80,6 +80,7 @@ class Prepared:
             "model": str(self.model.path),
             "bank": str(self.bank.path),
             "num_classes": len(self.class_names),
+            "class_ids": self.model.class_ids,
             "prompts": None if self.prompts is None else str(self.prompts),
             "execution": execution.asdict(),
             "residence": self.residence,
@@ -102,6 +103,7 @@ class Prepared:
         """What images depend on besides the plan: a state saved under another value is refused."""
         return {
             "model": self.model.digest,
+            "class_ids": self.model.class_ids,
             "bank": self.bank.digest,
             "sampling": self.config.digest("model", "judge"),
             "prompts": None if self.prompts is None else self.prompts.stem,  # named by the hash of what they came from

@@ -57,7 +57,8 @@ def draw_recipe(config: Config, out: Path, name: str, view: "DemoView") -> int:
     view.phase("making images")
     engine = engine_of(prepared)
     rows, made = _recipe_rows(prepared, engine, recipe)
-    legend = _LEGENDS[recipe.kind] + (_JUDGED if prepared.judge is not None else "")
+    judged = _JUDGED.replace("its class", "either class") if recipe.pairs == "mixed" else _JUDGED
+    legend = _LEGENDS[recipe.kind] + (judged if prepared.judge is not None else "")
     samples_png(rows, out, title=f"Recipe {recipe.kind}, at increasing strength", legend=legend)
     return made
 

@@ -206,6 +206,7 @@ class Ddim:
         self._timing = denoisers.timing(info, self._scheduler, self.steps)
         meta = {
             "model": info.digest,
+            "class_ids": info.class_ids,
             "latent_shape": list(info.latent_shape),
             "scheduler": _digest(self._scheduler),
             "options": self._options,

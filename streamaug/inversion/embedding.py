@@ -72,6 +72,7 @@ class Embedding:
             "embedding",
             meta={
                 "model": info.digest,
+                "class_ids": info.class_ids,
                 "levels": self._levels.digest,
                 "start": None if prompts is None else _digest_of_start(prompts),
                 "pairs": PAIRS,

@@ -15,6 +15,7 @@ from streamaug.sampling.denoisers.base import (
     conditional_half,
     read_json,
     saved_scheduler,
+    with_class_ids,
 )
 
 FAMILIES: dict[str, ModuleType] = {
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "load_scheduler",
     "timing",
+    "with_class_ids",
 ]
 
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from streamaug.errors import ModelError, nearest
 from streamaug.orders import OrderBatch
 from streamaug.sampling.caching import AttentionCache
 from streamaug.sampling.network import compile_network, laid_out
+
+_log = logging.getLogger("streamaug")
 
 Conditioning = dict[str, torch.Tensor]
 """What the network is told besides latent and timestep; every first axis is B, or 2B with the unconditional half
@@ -34,7 +37,9 @@ class ModelInfo:
     makes; latent_shape: (c, h, w) of what the sampler works on; conditioning: what a label becomes; num_classes: how
     many class embeddings, 0 when it has none; null_class: the label that means "no class", if the model itself says;
     guidance: "cfg" takes two halves, "embedded" takes the scale as an input, "none" knows no condition to leave out;
-    digest: hash of configuration and weights; upscaler: a cascade's second stage, which makes the image_shape.
+    digest: hash of configuration and weights; upscaler: a cascade's second stage, which makes the image_shape;
+    label_names: what the model calls its labels, where it says; class_ids: the label of each of the data's classes,
+    where they were found among those names (`with_class_ids`), None when a class's label is its own number.
     """
 
     path: Path
@@ -48,11 +53,37 @@ class ModelInfo:
     guidance: Literal["none", "cfg", "embedded"]
     digest: str
     upscaler: "ModelInfo | None" = None
+    label_names: tuple[str, ...] = ()
+    class_ids: tuple[int, ...] | None = None
 
     @property
     def pixels(self) -> bool:
         """Whether the latent is the image itself."""
         return self.latent_shape == self.image_shape
+
+
+def with_class_ids(info: ModelInfo, class_names: Sequence[str]) -> ModelInfo:
+    """The model with the data's classes found among its labels, by name; the same where not all of them are there.
+
+    A label may have several names with commas between them, as ImageNet's have.
+    """
+    label_of = {
+        name.strip().lower(): label for label, names in enumerate(info.label_names) for name in names.split(",")
+    }
+    found = [label_of.get(name.strip().lower().replace("_", " ")) for name in class_names]
+    if not label_of or not found:
+        return info
+    missing = [name for name, label in zip(class_names, found, strict=True) if label is None]
+    if missing:
+        _log.warning(
+            "%s does not name %s among its labels, so class 0 of the data is told as its label 0, '%s', and so on",
+            info.path,
+            ", ".join(missing)[:200],
+            info.label_names[0],
+        )
+        return info
+    _log.info("%s: the data's classes are its labels of the same names", info.path)
+    return replace(info, class_ids=tuple(label for label in found if label is not None))
 
 
 @dataclass(frozen=True)

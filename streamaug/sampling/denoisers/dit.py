@@ -53,7 +53,15 @@ def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: 
         null_class=null_class,
         guidance="cfg",
         digest=digest_of(path, ["transformer", "vae"], variant),
+        label_names=_label_names(index.get("id2label")),
     )
+
+
+def _label_names(id2label: Any) -> tuple[str, ...]:
+    """The names of labels 0, 1, ... from model_index.json's id2label; none when it does not name them all."""
+    named = id2label if isinstance(id2label, dict) else {}
+    in_order = [named.get(str(label)) for label in range(len(named))]
+    return () if None in in_order else tuple(str(name) for name in in_order)
 
 
 def load(info: ModelInfo, settings: LoadSettings) -> "DiT":
@@ -100,10 +108,17 @@ class DiT(Denoiser):
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
         if by_rows(order):
             return self._told_vectors(row_halves(rows, ("class_embedding",), guided)["class_embedding"])
-        labels = torch.from_numpy(np.ascontiguousarray(order.images["label"])).to(self.device)
+        labels = self._labels(order.images["label"])
         if guided:
             labels = torch.cat([torch.full_like(labels, self.null_class), labels])
         return {"class_labels": labels}
+
+    def _labels(self, classes: np.ndarray) -> torch.Tensor:
+        """The model's labels of the data's classes, int64 [n]."""
+        ids = None if self.info is None else self.info.class_ids
+        return torch.from_numpy(np.ascontiguousarray(classes) if ids is None else np.array(ids)[classes]).to(
+            self.device
+        )
 
     def _told_vectors(self, vectors: torch.Tensor) -> Conditioning:
         wanted = len(self._embedders), self._embedders[0].class_embedder.table.shape[1]
@@ -116,7 +131,7 @@ class DiT(Denoiser):
 
     def class_rows(self, labels: np.ndarray) -> dict[str, torch.Tensor]:
         """{"class_embedding": [n, blocks, d]}."""
-        at = torch.from_numpy(labels).to(self.device)
+        at = self._labels(labels)
         tables = [each.class_embedder.table[at] for each in self._embedders]
         return {"class_embedding": torch.stack(tables, dim=1)}
 

@@ -177,3 +177,45 @@ def test_labels_choose_the_class_in_a_mixed_batch(pipeline, denoiser):
     np.testing.assert_allclose(out[0], out[2], atol=1e-5)
     np.testing.assert_allclose(out[1], out[4], atol=1e-5)
     assert (out[0] - out[3]).abs().max() > 1e-4
+
+
+def of_labels(*labels):
+    order = orders(len(labels), classes=1)
+    order.images["label"] = labels
+    return order
+
+
+def named(folder, tmp_path, id2label):
+    """The model with a model_index.json that names labels."""
+    shutil.copytree(folder, tmp_path / "named")
+    file = tmp_path / "named" / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": id2label}))
+    return denoisers.inspect(tmp_path / "named")
+
+
+def test_classes_that_the_model_names_are_told_as_its_labels(folder, tmp_path, denoiser):
+    id2label = {str(label): f"thing {label}" for label in range(1000)} | {
+        "7": "tabby, tabby cat",
+        "3": "Golden Retriever",
+    }
+    info = denoisers.with_class_ids(named(folder, tmp_path, id2label), ["golden_retriever", "tabby cat"])
+    assert info.class_ids == (3, 7)
+    by_name, by_number = loaded(info), denoiser
+    assert by_name.condition(of_labels(1, 0), {}, False)["class_labels"].tolist() == [7, 3]
+    told = by_number.condition(of_labels(7, 3), {}, True)["class_labels"]
+    assert torch.equal(by_name.condition(of_labels(1, 0), {}, True)["class_labels"], told)
+    rows = by_name.class_rows(np.array([1, 0]))["class_embedding"]
+    assert torch.equal(rows, by_number.class_rows(np.array([7, 3]))["class_embedding"])
+
+
+def test_classes_that_the_model_does_not_all_name_are_numbers_and_that_is_said(folder, tmp_path, caplog):
+    info = named(folder, tmp_path, {"0": "tench", "1": "goldfish"})
+    with caplog.at_level("WARNING", logger="streamaug"):
+        assert denoisers.with_class_ids(info, ["goldfish", "whale"]).class_ids is None
+    assert "whale" in caplog.text and "tench" in caplog.text
+
+
+@pytest.mark.parametrize("id2label", [None, {}, {"0": "a", "2": "c"}, ["a"]])
+def test_labels_without_names_are_numbers(folder, tmp_path, id2label):
+    info = named(folder, tmp_path, id2label)
+    assert info.label_names == () and denoisers.with_class_ids(info, ["a"]).class_ids is None
