@@ -24,9 +24,9 @@ _ROWS = 12
 _LEGENDS = {
     "noise": "Depth: the share of the noise schedule that an image is sent back through before it is painted again.",
     "latent_noise": "Strength: the share of fresh noise in the latent that the image was inverted to.",
-    "interpolate": "t: the weight of a second image. First column: what the bank's row gives back by itself.",
+    "interpolate": "t: the weight of a second image. Given back: what the first image's row makes by itself.",
     "embedding": "Alpha: the weight of a second image's embedding, and of noise in it; every image from fresh noise.",
-    "prompt": "Guidance: how strongly the class is insisted on; every image from fresh noise.",
+    "prompt": "Scale of guidance: how strongly the class is insisted on; every image from fresh noise.",
 }
 _JUDGED = " Under each image: the probability that the judge gives to its class; red: rejected."
 
@@ -77,6 +77,7 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
         amounts = (1.0,)
     swept = sweep(prepared, engine, recipe, amounts, size=min(_ROWS, len(prepared.class_names)))
     judged = prepared.judge is not None
+    heading = {"guidance": "scale"}.get(what, what)  # as wide as a picture
     order = np.argsort(swept[0].labels, kind="stable")
     given_back = anchors(prepared, engine, recipe, swept[0].rows)
     source_of = dict(zip(prepared.labelled.hashes, prepared.labelled.images, strict=True))
@@ -89,7 +90,7 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
         siblings += [
             Sibling(
                 each.images[at],
-                f"{what} {each.amount:.2g}",
+                f"{heading} {each.amount:.3g}",
                 float(each.scores[at]),
                 bool(each.kept[at]) if judged else None,
             )

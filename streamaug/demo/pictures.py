@@ -80,7 +80,8 @@ def samples_png(
     named = _font(BODY, *(row.class_name for row in rows))
     names = [_fit(row.class_name, named, 300) for row in rows]
     x = real_left = MARGIN + round(max(named.getlength(name) for name in names)) + 2 * GAP
-    x += TILE + 3 * GAP
+    anchored = any(row.real is not None for row in rows)
+    x += TILE + 3 * GAP if anchored else 0
     for column in columns:
         left_of[column] = x
         x += counts[column] * (TILE + GAP) + GAP
@@ -104,8 +105,9 @@ def samples_png(
         x += 34 + round(small.getlength(word)) + 40
 
     heading = top - 34
-    draw.text((real_left, heading), "real", INK, body, anchor="ls")
-    draw.line([(real_left, heading + 12), (real_left + TILE, heading + 12)], LINE, 2)
+    if anchored:
+        draw.text((real_left, heading), "real", INK, body, anchor="ls")
+        draw.line([(real_left, heading + 12), (real_left + TILE, heading + 12)], LINE, 2)
     for column in columns:
         right = left_of[column] + counts[column] * (TILE + GAP) - GAP
         draw.text((left_of[column], heading), _fit(column, body, right - left_of[column]), INK, body, anchor="ls")
