@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from streamaug.kernels.perturb import perturb
 from streamaug.kernels.philox import normal
 from streamaug.kernels.step import HISTORY, Column, step, used_columns
 
@@ -149,48 +148,3 @@ def test_philox_over_randn(alternate, benchmark, suffix, batch, shape, calls):
         randn=lambda: torch.randn(batch, *shape),
     )
     benchmark.extra_info[f"philox_over_randn{suffix}"] = seconds["ours"] / seconds["randn"]
-
-
-@pytest.mark.parametrize(
-    ("suffix", "batch", "shape", "rows", "pairs", "calls"),
-    [
-        ("", 8192, DIGITS, 2**11, False, 1),
-        ("_pairs", 8192, DIGITS, 2**11, True, 1),
-        ("_b64", BATCH, DIGITS, 2**11, False, 10),
-        ("_sd", BATCH, SD, 2**11, False, 1),
-    ],
-)
-def test_perturb_over_copy(alternate, benchmark, suffix, batch, shape, rows, pairs, calls):
-    """Noise weight 0. Digits: a bank of 2,048 rows; latents of 32 KiB: one larger than the caches."""
-    size = torch.Size(shape).numel()
-    bank = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0)).half()
-    ids, none = torch.arange(batch), torch.full((batch,), -1)
-    weights = torch.tensor([[0.9, 0.0, 0.0]]).repeat(batch, 1)
-    if pairs:
-        weights[:, 1] = torch.linspace(0, 0.5, batch)
-        weights[:, 0] = 1 - weights[:, 1]
-    out = torch.empty(batch, *shape)
-    moved = (batch * size * bank.element_size() * (2 if pairs else 1) + batch * size * 4) // 2
-    source, target = bank.view(-1).view(torch.uint8), torch.empty(moved, dtype=torch.uint8)
-    if len(source) <= moved:
-        source = torch.ones(moved + 1, dtype=torch.uint8)
-    g = torch.Generator().manual_seed(1)
-
-    def draw() -> torch.Tensor:
-        return torch.randint(0, rows, (batch,), generator=g)
-
-    draws = [(draw(), draw() if pairs else none) for _ in range(40)]
-    turns = {"ours": 0, "copy": 0}
-
-    def ours() -> None:
-        turns["ours"] += 1
-        row_a, row_b = draws[turns["ours"] % len(draws)]
-        perturb(bank, row_a, row_b, weights, ids, seed=1, out=out)
-
-    def copy() -> None:
-        turns["copy"] += 1
-        start = turns["copy"] * moved % (len(source) - moved)
-        target.copy_(source[start : start + moved])
-
-    seconds = alternate(rounds=101, calls=calls, ours=ours, copy=copy)
-    benchmark.extra_info[f"perturb_over_copy{suffix}"] = seconds["copy"] / seconds["ours"]
