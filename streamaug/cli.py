@@ -170,10 +170,13 @@ def train(
     config: ConfigArgument,
     out: Annotated[Path, typer.Option(help="Folder for report.json.")],
     real_only: Annotated[bool, typer.Option("--real-only", help="Train without the stream.")] = False,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Record what is delivered, for `streamaug replay`; default: stream.manifest.")
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Train one classifier on real images and the stream."""
-    settings = _load(config, overrides)
+    settings = _load(config, overrides, {"stream.manifest": str(manifest) if manifest else None})
     _need_folder(out)
     from streamaug.demo.view import make_view
     from streamaug.experiment import train_run
@@ -235,6 +238,62 @@ def preview(
             draw_delivered(settings, out, count, view) if recipe is None else draw_recipe(settings, out, recipe, view)
         )
     typer.echo(f"Picture: {out} ({drawn} images)")
+
+
+@app.command(epilog="Example: streamaug replay run.manifest --ids 48213 48214 --out again")
+def replay(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The file that stream.manifest named.")],
+    more_ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="More ids.", hidden=True)] = None,
+    ids: Annotated[list[int] | None, typer.Option(metavar="ID...", min=0, help="Images to make again.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files of --ids.")] = Path("replayed"),
+    rejected: Annotated[bool, typer.Option("--rejected", help="Also write ids that the judge rejected.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write all delivered images there; goes on where it stopped.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="Of --export: png, one folder a class, or webdataset, .tar shards.")
+    ] = "png",
+    id_range: Annotated[
+        str | None, typer.Option("--range", metavar="FROM:TO", help="Of --export: only these ids, without TO.")
+    ] = None,
+    any_version: Annotated[
+        bool, typer.Option("--any-version", help="Also where versions or the device differ, and images may slightly.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=PATH", help="What is elsewhere now: model.path=FOLDER, bank.path=..., cache=..."
+        ),
+    ] = None,
+) -> None:
+    """Make images of a run again, bit for bit: single ones by id, or the whole set on disk."""
+    wanted = [*(ids or []), *(more_ids or [])]
+    if bool(wanted) == (export is not None):
+        raise UsageError("give either --ids with the images to make again, or --export with a folder for all of them")
+    if form not in ("png", "webdataset"):
+        raise UsageError(f"--format {form}: accepted are png and webdataset")
+    if export is not None and rejected:
+        raise UsageError("--rejected is for --ids: an export holds what was delivered")
+    if export is None and id_range is not None:
+        raise UsageError("--range is for --export: name the images of --ids one by one")
+    _need_folder(out if export is None else export)
+    from streamaug import replay as replaying
+    from streamaug.demo.view import make_view
+
+    options: dict[str, Any] = {"overrides": overrides or [], "any_version": any_version}
+    with make_view() as view:
+        if export is None:
+            done = replaying.replay(manifest, wanted, out, rejected=rejected, progress=view, **options)
+        else:
+            part = None if id_range is None else replaying.parse_range(id_range)
+            written = replaying.export(manifest, export, form, ids=part, progress=view, **options)
+    if export is not None:
+        typer.echo(f"Images: {export} ({written} delivered images)")
+        return
+    for line in done.left_out:
+        typer.echo(line, err=True)
+    for path in done.paths:
+        typer.echo(path)
 
 
 @app.command(epilog="Example: streamaug doctor digits --set stream.batch_size=256")

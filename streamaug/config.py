@@ -324,6 +324,7 @@ class StreamConfig(Section):
     stall_timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds without progress before it is reported
     hang_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds before a hung producer is replaced
     kernels: Literal["auto", "torch", "triton"] = "auto"
+    manifest: ConfigPath | None = None  # record of deliveries for `streamaug replay`; of several ranks: .rankN
 
 
 class LoaderConfig(Section):

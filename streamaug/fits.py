@@ -1,14 +1,26 @@
 """Whether model, bank methods, recipes and images fit together: refused here, before anything is computed."""
 
+from collections.abc import Sequence
+
 from streamaug.config import BankConfig, Config, Recipe
 from streamaug.data import ImageSet
 from streamaug.errors import ConfigError, MismatchError
+from streamaug.orders import served_classes
 from streamaug.sampling.denoisers import ModelInfo
 
 
-def check_recipes(config: Config) -> None:
-    """Refuse a recipe whose bank rows no method writes. Raises ConfigError."""
+def check_recipes(config: Config, class_names: Sequence[str]) -> None:
+    """Refuse a recipe whose bank rows no method writes, or whose classes the data have not.
+
+    Raises ConfigError, and DataError for an unknown class and for one that no recipe is for.
+    """
+    served_classes([recipe for recipe in config.recipes if recipe.weight > 0], len(class_names), class_names)
     for position, recipe in enumerate(config.recipes):
+        if recipe.pairs == "mixed" and len(recipe.classes or class_names) < 2:
+            raise ConfigError(
+                f"recipes.{position}: pairs 'mixed' takes partners of the recipe's other classes and it has one class, "
+                f"{', '.join(recipe.classes or class_names)}: name more, or set pairs to same or nearest"
+            )
         missing = _missing_method(recipe, config.bank)
         if missing:
             what = {"encode": "the images' latents", "ddim": "inverted latents", "embedding": "inverted embeddings"}

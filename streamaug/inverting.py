@@ -1,8 +1,10 @@
 """Real images to a latent bank, by configuration: what `streamaug invert`, `sa.invert` and `prepare` do."""
 
 import hashlib
+import json
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from streamaug.engine import solver_settings
 from streamaug.errors import MismatchError
 from streamaug.filtering.configured import judge_features, make_judge
 from streamaug.filtering.judge import Judge
-from streamaug.fits import check_model, check_recipes
+from streamaug.fits import check_model, check_recipes, check_without_images
 from streamaug.generator import check_writable, find_model, find_prompts
 from streamaug.inversion import run
 from streamaug.inversion.methods import methods_for
@@ -66,15 +68,6 @@ def write_bank(
 
     judge: what bank.score has the rows scored by.
     """
-    seen: int | None = None
-
-    def advance(done: int, total: int) -> None:
-        nonlocal seen
-        if seen is None:
-            progress.phase("inverting", total)
-        progress.advance(done - (seen or 0))
-        seen = done
-
     return run.invert(
         images,
         bank_path(config, model, images),
@@ -82,8 +75,29 @@ def write_bank(
         model_digest=model.digest,
         shard_rows=config.bank.shard_rows,
         fit=config.data.fit,
-        progress=advance,
+        progress=_Reporter(progress),
     )
+
+
+class _Reporter:
+    """Reports each method as a phase of its own, of the rows that are still to be done: methods differ in speed."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._method: str | None = None
+        self._first = self._done = 0  # rows that were there before, rows that are there now
+        self._began = 0.0
+
+    def __call__(self, method: str, done: int, total: int) -> None:
+        if method != self._method:
+            self._method, self._first, self._done, self._began = method, done, done, time.monotonic()
+            there = f", {done:,} rows are there already" if done else ""
+            self._progress.phase(f"inverting ({method}{there})", total - done)
+            return
+        rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        # Taken off at the end, so that no later phase shows it.
+        self._progress.advance(done - self._done, images_per_s=None if done == total else rate)
+        self._done = done
 
 
 def find_bank(
@@ -98,8 +112,8 @@ def find_bank(
 
     Raises MismatchError when such a bank is of another model, of other methods or settings, or of other classes.
     """
-    path = config.bank.path
-    if path is not None and (path / INDEX).is_file():
+    path = bank_path(config, model, images)
+    if (path / INDEX).is_file():
         bank = LatentBank.open(path)
         if bank.edits:
             _check_edited(bank, config, model, images, prompts, judge)
@@ -116,9 +130,12 @@ def _check_edited(
     for name, meta in wanted.items():
         if name not in bank.parts:
             raise MismatchError(f"{bank.path}: the bank has no part '{name}', which bank.methods names; {remedy}")
-        if plain(bank.parts[name]) != meta:
+        there = plain(bank.parts[name])
+        unlike = sorted(key for key in {*there, *meta} if there.get(key) != meta.get(key))
+        if unlike:
+            made, asked = ({key: each.get(key) for key in unlike} for each in (there, meta))
             raise MismatchError(
-                f"{bank.path}: '{name}' was made with {bank.parts[name]}, the configuration asks for {meta}; {remedy}"
+                f"{bank.path}: '{name}' was made with {made}, the configuration asks for {asked}; {remedy}"
             )
     if bank.class_names != images.class_names:
         raise MismatchError(
@@ -131,7 +148,9 @@ def bank_path(config: Config, model: ModelInfo, images: ImageSet) -> Path:
     """bank.path, or a folder in the cache that is named by what the bank is made from."""
     if config.bank.path is not None:
         return config.bank.path
-    content = hashlib.sha256("".join([model.digest, config.digest("bank"), *images.hashes]).encode())
+    # What decides no byte of the bank does not send it elsewhere, to be computed again.
+    settings = config.bank.model_dump(mode="json", exclude={"device": True, "embedding": {"checkpoint_every"}})
+    content = hashlib.sha256("".join([model.digest, json.dumps(settings, sort_keys=True), *images.hashes]).encode())
     path = config.cache / f"bank-{content.hexdigest()[:16]}"
     if not path.exists():
         check_writable(config.cache)
@@ -150,7 +169,9 @@ class _Job:
 
     @classmethod
     def of(cls, config: Config, images: ImageSet, unlabelled: ImageSet, progress: Progress) -> "_Job":
-        check_recipes(config)
+        check_recipes(config, images.class_names)
+        if len(images) == 0:
+            check_without_images(config)
         model = find_model(config, unlabelled, images, progress=progress)
         check_model(config, model, images)
         solver_settings(config, model)  # a scheduler that sampling would refuse is refused before hours of inversion

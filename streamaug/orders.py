@@ -151,7 +151,7 @@ class Planner:
         by_class = np.argsort(self.row_labels, kind="stable")
         bounds = np.searchsorted(self.row_labels[by_class], np.arange(num_classes + 1))
         self.rows_of = [by_class[low:high] for low, high in itertools.pairwise(bounds)]
-        self._allowed = _allowed(self.recipes, num_classes, class_names)
+        self._allowed = served_classes(self.recipes, num_classes, class_names)
         self._shares = np.cumsum([recipe.weight for recipe in self.recipes], dtype=np.float64)
         self._shares /= self._shares[-1]
         for recipe, allowed in zip(self.recipes, self._allowed, strict=True):
@@ -215,8 +215,8 @@ class Planner:
         for label in np.unique(labels):
             at = np.flatnonzero(labels == label)
             rows = self.rows_of[label]
-            row_weights = np.ones(len(rows)) if weights.rows is None else weights.rows[rows]
-            chosen = _systematic(rng, row_weights, len(at))
+            row_weights = None if weights.rows is None else weights.rows[rows]
+            chosen = _evenly(rng, len(rows), len(at)) if row_weights is None else _systematic(rng, row_weights, len(at))
             rng.shuffle(chosen)
             images["row_a"][at] = rows[chosen]
             if recipe.kind in ("interpolate", "embedding") and recipe.pairs == "same":
@@ -275,12 +275,19 @@ class Planner:
     ) -> np.ndarray:
         """A row of another class for each label, the classes drawn by their weights, int64 [B]; -1 if there is none."""
         partners = np.full(len(labels), -1, dtype=np.int64)
+        totals: dict[int, np.ndarray] = {}  # of the weights of a class's rows
         for position, label in enumerate(labels):
             share = np.where(np.arange(self.num_classes) == label, 0.0, classes)
             if not share.sum() > 0:
                 continue
-            rows = self.rows_of[_draw(rng, share)]
-            partners[position] = rows[_draw(rng, np.ones(len(rows)) if row_weights is None else row_weights[rows])]
+            other = _draw(rng, np.cumsum(share))
+            rows = self.rows_of[other]
+            if row_weights is None:
+                partners[position] = rows[int(rng.random() * len(rows))]
+                continue
+            if other not in totals:
+                totals[other] = np.cumsum(row_weights[rows])
+            partners[position] = rows[_draw(rng, totals[other])]
         return partners
 
 
@@ -337,7 +344,7 @@ def _mix(
         images["cond_w"][:, 1] = share
 
 
-def _allowed(recipes: Sequence[Recipe], num_classes: int, names: Sequence[str] | None) -> list[np.ndarray]:
+def served_classes(recipes: Sequence[Recipe], num_classes: int, names: Sequence[str] | None) -> list[np.ndarray]:
     """Which classes each recipe is for, bool [C]. Raises DataError for an unknown name and a class left out by all."""
     found = []
     for recipe in recipes:
@@ -357,21 +364,31 @@ def _allowed(recipes: Sequence[Recipe], num_classes: int, names: Sequence[str] |
     return found
 
 
-def _partners(rng: np.random.Generator, rows: np.ndarray, row_weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def _partners(
+    rng: np.random.Generator, rows: np.ndarray, row_weights: np.ndarray | None, chosen: np.ndarray
+) -> np.ndarray:
     """Another usable row of the class for each chosen one (an index into rows), int64 [n]; -1 when it is alone."""
-    usable = np.flatnonzero(row_weights > 0)
-    if len(usable) < 2:
+    usable = None if row_weights is None else np.flatnonzero(row_weights > 0)
+    count = len(rows) if usable is None else len(usable)
+    if count < 2:
         return np.full(len(chosen), -1, dtype=np.int64)
     # A partner's rank is drawn among the others.
-    rank = np.searchsorted(usable, chosen)
-    other = (rank + rng.integers(1, len(usable), len(chosen))) % len(usable)
-    return rows[usable[other]]
+    rank = chosen if usable is None else np.searchsorted(usable, chosen)
+    other = (rank + rng.integers(1, count, len(chosen))) % count
+    return rows[other if usable is None else usable[other]]
 
 
-def _draw(rng: np.random.Generator, weights: np.ndarray) -> int:
-    """One index, drawn by weight."""
-    total = np.cumsum(weights)
-    return int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+def _draw(rng: np.random.Generator, totals: np.ndarray) -> int:
+    """One index, drawn by weights of which these are the running totals."""
+    if not totals[-1] > 0:
+        raise DataError("nothing can be ordered: every weight is 0")
+    return int(np.searchsorted(totals, rng.random() * totals[-1], side="right"))
+
+
+def _evenly(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """`_systematic` for equal weights of `count` things, of which there may be millions."""
+    points = (rng.random() + np.arange(size)) / size * count
+    return np.minimum(points.astype(np.int64), count - 1)
 
 
 def _systematic(rng: np.random.Generator, weights: np.ndarray, size: int) -> np.ndarray:

@@ -131,7 +131,7 @@ def prepare(
     for note in splits.notes:
         log.warning("%s", note)
     _check_names(config, len(splits.train.class_names))
-    check_recipes(config)
+    check_recipes(config, splits.train.class_names)
     if labelled is None:
         labelled = splits.train.subset(splits.train.select_shots(config.data.shots, config.seed))
     if len(labelled) == 0:
@@ -160,8 +160,10 @@ def prepare(
 def _planner(config: Config, bank: LatentBank, schedule: Schedule, *, prompted: bool) -> Planner:
     pairing = [recipe for recipe in config.recipes if recipe.kind in ("interpolate", "embedding") and recipe.weight > 0]
     near = max((recipe.neighbours for recipe in pairing if recipe.pairs == "nearest"), default=0)
-    alone = [name for name, n in zip(bank.class_names, np.bincount(bank.labels), strict=False) if n == 1]
-    if alone and any(recipe.pairs != "mixed" for recipe in pairing):
+    paired = {name for recipe in pairing if recipe.pairs != "mixed" for name in recipe.classes or bank.class_names}
+    counts = np.bincount(bank.labels, minlength=len(bank.class_names))
+    alone = [name for name, n in zip(bank.class_names, counts, strict=True) if n == 1 and name in paired]
+    if alone:
         log.warning("classes with one image have no partner and are varied by noise alone: %s", ", ".join(alone)[:500])
     return Planner(
         bank.labels,

@@ -51,8 +51,8 @@ def draw_recipe(config: Config, out: Path, name: str, view: "DemoView") -> int:
 
     name: the recipe's position in the configuration, or its kind. Raises UsageError for one there is not.
     """
-    recipe = find_recipe(config.recipes, name)
-    config = Config.model_validate(config.model_dump() | {"recipes": [recipe.model_dump() | {"classes": None}]})
+    recipe = find_recipe(config.recipes, name).model_copy(update={"classes": None, "weight": 1.0})
+    config = Config.model_validate(config.model_dump() | {"recipes": [recipe.model_dump()]})
     prepared = prepare(config, progress=view)
     view.phase("making images")
     engine = engine_of(prepared)

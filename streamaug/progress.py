@@ -8,12 +8,12 @@ class Progress(Protocol):
 
     def phase(self, name: str, total: int | None = None) -> None: ...
 
-    def advance(self, n: int = 1) -> None: ...
+    def advance(self, n: int = 1, **figures: float | None) -> None: ...
 
 
 class Silent:
     def phase(self, name: str, total: int | None = None) -> None:
         pass
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, **figures: float | None) -> None:
         pass

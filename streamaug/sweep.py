@@ -79,7 +79,7 @@ def at_strength(recipe: Recipe, amount: float) -> Recipe:
         if key in ("depth", "guidance", "classifier_guidance")
     }
     together = {name: (amount, amount)} | ({"lambd": (amount, amount)} if recipe.kind == "embedding" else {})
-    return recipe.model_copy(update=middle | together | {"classes": None})
+    return recipe.model_copy(update=middle | together | {"classes": None, "weight": 1.0})
 
 
 def sweep(

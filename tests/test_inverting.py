@@ -13,8 +13,8 @@ from streamaug.bank import LatentBank
 from streamaug.bank.edit import drop
 from streamaug.cli import app
 from streamaug.config import Config, load
-from streamaug.errors import BankError, ConfigError, MismatchError
-from streamaug.inverting import invert_configured
+from streamaug.errors import BankError, ConfigError, DataError, MismatchError, UsageError
+from streamaug.inverting import bank_path, invert_configured
 from streamaug.preparation import prepare
 from streamaug.progress import Silent
 from streamaug.stream import Stream
@@ -169,3 +169,76 @@ def test_a_dry_run_says_time_and_disk_and_writes_no_bank(cache, tmp_path):
     assert result.exit_code == 0, result.output
     assert "ddim: 20 images" in result.stdout and "on disk" in result.stdout
     assert not (tmp_path / "bank").exists()
+
+
+def test_settings_that_change_no_byte_of_the_bank_do_not_move_it_in_the_cache(cache):
+    config = settings(cache)
+    model, images = (lambda prepared: (prepared.model, prepared.labelled))(prepare(config))
+    where = bank_path(config, model, images)
+    for same in ("bank.device=mapped", "bank.embedding.checkpoint_every=7"):
+        assert bank_path(settings(cache, same), model, images) == where
+    for other in ("bank.dtype=float32", "bank.methods=[encode, ddim]", "bank.shard_rows=64"):
+        assert bank_path(settings(cache, other), model, images) != where
+
+
+def test_a_bank_in_the_cache_whose_rows_were_dropped_is_trained_with_as_it_is(cache):
+    config = settings(cache, "seed=5")
+    whole = prepare(config).bank
+    drop(whole.path, classes=["3"])
+    with pytest.raises(DataError, match="classes without a bank row"):
+        prepare(config)
+    kept = list("012456789")
+    named = f"recipes=[{{kind: noise, classes: {kept}}}, {{kind: prompt, guidance: [1.5, 1.5]}}]"
+    assert prepare(settings(cache, "seed=5", named)).bank.num_rows == whole.num_rows - 2
+
+
+class Lines:
+    def __init__(self):
+        self.phases, self.done = [], []
+
+    def phase(self, name, total=None):
+        self.phases.append((name, total))
+
+    def advance(self, n=1, **figures):
+        self.done.append((self.phases[-1][0], n, figures.get("images_per_s")))
+
+
+def test_progress_counts_what_is_left_of_each_method_and_says_images_a_second(cache, tmp_path):
+    path = [f"bank.path={tmp_path / 'bank'}", "bank.embedding.group_rows=5"]
+    invert_configured(settings(cache, *path), progress=Silent())
+    lines = Lines()
+    invert_configured(settings(cache, *path, "bank.methods=[encode, embedding]"), progress=lines)
+    assert lines.phases[-2:] == [
+        ("inverting (encode, 20 rows are there already)", 0),
+        ("inverting (embedding)", 20),
+    ]
+    made = [(n, rate) for phase, n, rate in lines.done if phase == "inverting (embedding)"]
+    assert [n for n, _ in made] == [5, 5, 5, 5]
+    assert all(rate > 0 for _, rate in made[:-1]) and made[-1][1] is None
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        ("[{kind: noise, classes: ['1', '2']}]", "no recipe is for class 0, 3"),
+        ("[{kind: noise}, {kind: noise, classes: ['ten']}]", "class 'ten'"),
+        ("[{kind: noise}, {kind: interpolate, pairs: mixed, classes: ['1']}]", "it has one class, 1"),
+    ],
+)
+def test_recipes_that_do_not_fit_the_classes_are_refused_before_a_generator_is_trained(tmp_path, recipes, message):
+    for job in (prepare, lambda config: invert_configured(config, progress=Silent())):
+        with pytest.raises(UsageError, match=message):
+            job(settings(tmp_path, f"recipes={recipes}"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_images_there_is_nothing_to_invert(tmp_path):
+    config = settings(tmp_path, "data={source: classes, class_names: [a, b], image_size: 8}")
+    with pytest.raises(ConfigError, match="nothing to train a prior on"):
+        invert_configured(config, progress=Silent())
+
+
+def test_only_classes_that_a_recipe_pairs_are_said_to_be_alone(cache, caplog):
+    with caplog.at_level("WARNING", logger="streamaug"):
+        prepare(settings(cache, "data.shots=1", "recipes=[{kind: interpolate, classes: ['4', '7']}, {kind: noise}]"))
+    assert "varied by noise alone: 4, 7" in caplog.text

@@ -157,3 +157,22 @@ def test_the_digest_changes_with_what_plans_depend_on():
         planner(rows_per_class=2).digest(),
     }
     assert len(digests) == 5
+
+
+def test_equal_weights_of_rows_and_none_order_the_same():
+    schedule = Schedule(np.linspace(0, 1, 6), np.linspace(1, 0, 6))
+    labels = np.arange(500) % 3
+    for kind in ({"kind": "noise"}, {"kind": "interpolate"}, {"kind": "interpolate", "pairs": "mixed"}):
+        planner = Planner(labels, 3, schedule, [Recipe.model_validate(kind)], 32, seed=3)
+        for k in range(20):
+            one, other = (planner.batch(k, Weights(0, np.ones(3), rows)) for rows in (None, np.ones(500)))
+            assert one.images.tobytes() == other.images.tobytes()
+
+
+def test_a_partner_class_without_a_usable_row_is_refused_by_name_of_the_cause():
+    schedule = Schedule(np.linspace(0, 1, 6), np.linspace(1, 0, 6))
+    planner = Planner(np.arange(4) % 2, 2, schedule, [Recipe(kind="interpolate", pairs="mixed")], 1, seed=0)
+    weights = Weights(0, np.ones(2), np.array([1.0, 0.0, 1.0, 0.0]))
+    for k in range(10):
+        with pytest.raises(DataError, match="every weight is 0"):
+            planner.batch(k, weights)

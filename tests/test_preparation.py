@@ -25,7 +25,7 @@ class Phases:
     def phase(self, name, total=None):
         self.names.append(name)
 
-    def advance(self, n=1):
+    def advance(self, n=1, **figures):
         pass
 
 

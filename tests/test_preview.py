@@ -1,5 +1,7 @@
 """Previewing a recipe: strengths that grow, anchors that stay, pictures that can be looked at."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,12 @@ def test_a_recipe_there_is_not_is_refused(settings, name, message):
         find_recipe(settings.recipes, name)
 
 
+def test_a_recipe_that_training_leaves_out_can_be_looked_at(settings, tmp_path: Path):
+    recipes = [Recipe(kind="noise"), Recipe(kind="interpolate", weight=0)]
+    drawn = draw_recipe(settings.model_copy(update={"recipes": recipes}), tmp_path / "out.png", "1", Silent())
+    assert drawn > 0 and (tmp_path / "out.png").stat().st_size > 0
+
+
 def test_one_strength_leaves_no_range_open():
     recipe = at_strength(Recipe(kind="embedding", alpha=(0, 1), guidance=(1, 3), classes=["a"]), 0.2)
     assert recipe.alpha == recipe.lambd == (0.2, 0.2) and recipe.guidance == (2.0, 2.0) and recipe.classes is None
@@ -90,3 +98,14 @@ def test_survival_counts_right_labels_of_all_images_and_of_accepted_ones(prepare
     assert [row["depth"] for row in rows] == sorted(row["depth"] for row in rows)
     assert all(0 <= row["survives"] <= 1 and 0 <= row["accepted"] <= 1 and row["images"] == 64 for row in rows)
     assert "| noise: depth | label survives |" in as_markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nosuch"], "no such file"), (["digits", "--recipe", "embedding"], "bank.methods [encode] does not write")],
+)
+def test_survival_says_what_cannot_be_used_in_one_line(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "streamaug.demo.survival", *arguments, "--set", f"cache={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -146,6 +146,7 @@ def _compare(bank: Path, folder: Path, distance: int | None, fit: Any) -> None:
 
 
 def _print_info(found: dict[str, Any], console: "Console") -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
@@ -168,11 +169,11 @@ def _print_info(found: dict[str, Any], console: "Console") -> None:
             console.print(escape(f"  {name} {form['dtype']} {form['shape'] or 'a row'}"))
     if found["row_arrays"]:
         columns = list(next(iter(found["row_arrays"].values())))
-        quality = Table(title="Quality", title_justify="left")
+        quality = Table(title="Quality", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("row array", *columns):
             quality.add_column(name, no_wrap=True)
         for name, values in found["row_arrays"].items():
-            quality.add_row(escape(name), *(f"{values[column]:.3g}" for column in columns))
+            quality.add_row(escape(name), *(f"{values[column]:.2g}" for column in columns))
         console.print(quality)
     console.print(f"digest {found['digest']}")
 

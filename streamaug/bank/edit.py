@@ -93,6 +93,8 @@ def drop(
     if out is not None:
         refuse_occupied(out)
     bank = LatentBank.open(path)
+    if bank.num_rows == 0:
+        raise BankError(f"{path}: the bank has no rows to drop")
     _refuse_all(bank, _unwanted(bank, classes, hashes, quality)[0])
     with locked(out or path):
         if out is None:

@@ -1,5 +1,6 @@
 """Which rows of a bank are near which: the table that recipes with `pairs: nearest` draw partners from."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from streamaug.bank.files import write_atomically
 from streamaug.bank.reader import LatentBank
 from streamaug.errors import BankError
 
-_CHUNK = 256  # rows whose distances to their class are held at once
+_CHUNK = 256  # rows whose distances are measured at once
+_BLOCK_BYTES = 1 << 28  # of their class's rows as fp32, to which they are measured at once
 
 
 def nearest_rows(bank: LatentBank, count: int, cache: Path) -> np.ndarray:
@@ -29,22 +31,32 @@ def nearest_rows(bank: LatentBank, count: int, cache: Path) -> np.ndarray:
     except (OSError, SafetensorError, KeyError):
         table = _measure(bank, names[0], count)
     cache.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, save({"rows": torch.from_numpy(table)}), cache)
+    # The cache has no lock: another process may be writing its own table there.
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".neighbours-") as work:
+        write_atomically(file, save({"rows": torch.from_numpy(table)}), Path(work))
     return table
 
 
 def _measure(bank: LatentBank, name: str, count: int) -> np.ndarray:
     table = np.full((bank.num_rows, count), -1, dtype=np.int32)
+    block = max(_BLOCK_BYTES // (4 * bank.gather(name, [0]).numel()), _CHUNK) if bank.num_rows else _CHUNK
     for label in range(len(bank.class_names)):
         rows = np.flatnonzero(bank.labels == label)
         there = min(count, len(rows) - 1)
         if there < 1:
             continue
-        values = bank.gather(name, rows).float().flatten(1)
-        for begin in range(0, len(rows), _CHUNK):
-            distance = torch.cdist(values[begin : begin + _CHUNK], values)
-            own = torch.arange(len(distance))
-            distance[own, own + begin] = torch.inf
-            nearest = distance.topk(there, largest=False, sorted=True).indices.numpy()
-            table[rows[begin : begin + _CHUNK], :there] = rows[nearest]
+        near = torch.full((len(rows), there), torch.inf)  # distances, ascending
+        found = torch.zeros((len(rows), there), dtype=torch.int64)  # indices into rows
+        for first in range(0, len(rows), block):
+            others = bank.gather(name, rows[first : first + block]).float().flatten(1)
+            for begin in range(0, len(rows), _CHUNK):
+                at = slice(begin, begin + _CHUNK)
+                distance = torch.cdist(bank.gather(name, rows[at]).float().flatten(1), others)
+                index = torch.arange(first, first + len(others))
+                distance[torch.arange(begin, begin + len(distance))[:, None] == index] = torch.inf
+                distance = torch.cat([near[at], distance], dim=1)
+                index = torch.cat([found[at], index.expand(len(distance), -1)], dim=1)
+                near[at], chosen = distance.topk(there, largest=False, sorted=True)
+                found[at] = index.gather(1, chosen)
+        table[rows, :there] = rows[found.numpy()]
     return table

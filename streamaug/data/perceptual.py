@@ -10,7 +10,7 @@ _SIDE = 16  # frequencies along each axis, so 256 bits; a smaller image has as m
 _ZERO = 0.2  # grey levels: smaller coefficients are mostly rounding, compression and noise
 _SHARE = 0.045  # of the bits: what two copies of one image may differ in
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-_CHUNK = 4096  # images hashed at once
+_PIXELS = 1 << 22  # hashed at once, in float64
 _BLOCK = 1 << 18  # hashes compared at once
 
 
@@ -39,7 +39,8 @@ def perceptual_hash(images: np.ndarray) -> np.ndarray:
     copy is not found, nor one that was smaller than 16 × 16 in between.
     """
     down, across = (_cosines(size) for size in images.shape[2:])
-    hashes = [_hash(images[start : start + _CHUNK], down, across) for start in range(0, len(images), _CHUNK)]
+    chunk = max(_PIXELS // (images.shape[2] * images.shape[3]), 1)
+    hashes = [_hash(images[start : start + chunk], down, across) for start in range(0, len(images), chunk)]
     return np.concatenate(hashes) if hashes else np.empty(0, HASH_DTYPE)
 
 

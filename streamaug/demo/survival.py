@@ -16,6 +16,7 @@ import typer
 from streamaug.config import Config, load
 from streamaug.demo.view import make_view
 from streamaug.doctor import hardware, installed_versions
+from streamaug.errors import StreamaugError
 from streamaug.experiment import real_batches, tensors
 from streamaug.outputs import write_json
 from streamaug.preparation import Prepared, prepare
@@ -106,10 +107,13 @@ def main(
 ) -> None:
     """Measure how often the label survives each recipe, by strength."""
     settings: Config = load(config, overrides or [])
+    whole = {"classes": None, "weight": 1.0}
+    chosen = [find_recipe(settings.recipes, name).model_copy(update=whole) for name in recipe or ["0"]]
     with make_view() as view:
-        prepared = prepare(settings, progress=view)
+        # Prepared for what is measured, so that a recipe whose rows no method writes is refused at once.
+        prepared = prepare(settings.model_copy(update={"recipes": chosen}), progress=view)
         view.phase("measuring")
-        found = survival(prepared, recipe or ["0"], images=images, steps=steps)
+        found = survival(prepared, [str(position) for position in range(len(chosen))], images=images, steps=steps)
     typer.echo(f"The classifier is right on {found['classifier_accuracy']:.1%} of held-out images.\n")
     typer.echo(as_markdown(found))
     if out is not None:
@@ -118,4 +122,8 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except StreamaugError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None

@@ -68,6 +68,9 @@ class Embedding:
         self._codec = codec or Codec(info, self._device, config.model.variant)
         scheduler = make_scheduler(load_scheduler(info.path), config.model.scheduler)
         self._levels = trained_levels(configured(scheduler, config.model.scheduler_config))
+        # float16 has too small a range for gradients.
+        half = self._device.type == "cuda" and config.model.dtype != "float32" and torch.cuda.is_bf16_supported(False)
+        self._dtype = torch.bfloat16 if half else torch.float32
         self.part = Part(
             "embedding",
             meta={
@@ -76,6 +79,7 @@ class Embedding:
                 "levels": self._levels.digest,
                 "start": None if prompts is None else _digest_of_start(prompts),
                 "pairs": PAIRS,
+                "network_dtype": str(self._dtype).removeprefix("torch."),
                 **self._settings.model_dump(mode="json", exclude={"group_rows", "checkpoint_every"}),
             },
             group_rows=self._settings.group_rows,
@@ -140,13 +144,11 @@ class Embedding:
     @cached_property
     def _denoiser(self) -> Denoiser:
         model = self._config.model
-        # float16 has too small a range for gradients.
-        half = self._device.type == "cuda" and model.dtype != "float32" and torch.cuda.is_bf16_supported(False)
         return load(
             self._info,
             LoadSettings(
                 device=self._device,
-                dtype=torch.bfloat16 if half else torch.float32,
+                dtype=self._dtype,
                 channels_last=model.channels_last,
                 prompts=self._prompts,
                 variant=model.variant,

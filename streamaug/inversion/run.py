@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from streamaug.bank import BankPlan, BankWriter, Checkpoint, Group, LatentBank, open_if_current
-from streamaug.bank.files import WORK, data_files, groups_in
+from streamaug.bank.files import WORK, data_files, groups_in, read_index
 from streamaug.data import ImageSet
 from streamaug.data.perceptual import perceptual_hash
 from streamaug.errors import BankError
@@ -29,7 +29,7 @@ def invert(
     model_digest: str,
     shard_rows: int,
     fit: str = "crop",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> LatentBank:
     """Write the bank of `images` to the folder `path`, or open it when it is already there.
 
@@ -37,28 +37,28 @@ def invert(
     one method at least. A bank that is there and complete may hold other methods too; one that would lose a method by
     being written anew is refused. Without methods the bank has labels and source hashes alone, and may have no rows.
     Images that are there more than once are counted in the log. model_digest: identifies the model's weights. fit: how
-    the images were brought to their size, for comparing them with others later. progress: called with (rows done, rows
-    in all), each row counted once a method, first with what an earlier run left. Raises BankError, and whatever a
+    the images were brought to their size, for comparing them with others later. progress: called with (method, rows
+    done, rows in all), first with what an earlier run left, then after every group. Raises BankError, and whatever a
     method does.
     """
     plan = _plan(images, path, methods, model_digest, shard_rows, fit)
-    report = progress or (lambda done, total: None)
-    total = plan.num_rows * len(methods)
+    report = progress or (lambda method, done, total: None)
     bank = open_if_current(path, plan)
     if bank is not None:
-        report(total, total)
+        for method in methods:
+            report(method.part.name, plan.num_rows, plan.num_rows)
         return bank
     _refuse_to_lose(Path(path), plan)
     _count_duplicates(images)
     with BankWriter(path, plan) as writer:
-        done = sum(writer.done_rows(method.part.name) for method in methods)
-        report(done, total)
         for method in methods:
             name = method.part.name
+            done = writer.done_rows(name)
+            report(name, done, plan.num_rows)
             for group in writer.pending(name):
                 writer.put(name, group, _compute(method, images, group, writer.checkpoint(name, group)))
                 done += len(group.rows)
-                report(done, total)
+                report(name, done, plan.num_rows)
         return writer.finish()
 
 
@@ -170,10 +170,10 @@ def _plan(
 def _refuse_to_lose(path: Path, plan: BankPlan) -> None:
     """Raise BankError when the bank at `path` holds parts that the plan has not: writing it would delete them."""
     try:
-        bank = LatentBank.open(path)
+        index = read_index(path)  # a bank with a damaged shard does not open, and its other parts are worth keeping
     except BankError:
         return
-    lost = sorted(set(bank.parts) - {part.name for part in plan.parts} - {"score"})
+    lost = sorted({part["name"] for part in index["parts"]} - {part.name for part in plan.parts} - {"score"})
     if lost:
         raise BankError(
             f"{path}: this bank also holds {', '.join(lost)}, which bank.methods does not name, and is not current "

@@ -26,8 +26,9 @@ class RealEpochs:
 
     def __init__(self, loader: Any):
         self.loader = loader
-        self.has_state = callable(getattr(loader, "state_dict", None)) and callable(
-            getattr(loader, "load_state_dict", None)
+        # A loader that Accelerate prepared has both methods whatever it wraps, and says itself whether they work.
+        self.has_state = getattr(loader, "use_stateful_dataloader", True) and all(
+            callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")
         )
         self.pulled = 0
         self.finished = False
@@ -57,7 +58,11 @@ class RealEpochs:
         """Random states are under "tensors"; a loader's own state is under "loader" as it came."""
         if self._resume is not None:
             return self._resume
-        state: dict[str, Any] = {"pulled": self.pulled, "finished": self.finished}
+        # A loader that Accelerate prepared knows the last batch when it yields it, and counts epochs to shuffle by.
+        at_end = bool(self.pulled and not self.finished and getattr(self.loader, "end_of_dataloader", False))
+        state: dict[str, Any] = {"pulled": self.pulled, "finished": self.finished or at_end}
+        if isinstance(getattr(self.loader, "iteration", None), int):
+            state["iteration"] = self.loader.iteration + at_end
         if self.has_state:
             return state | {"loader": self.loader.state_dict()}
         tensors = {f"now_{name}": value for name, value in self._random_state().items()}
@@ -68,7 +73,17 @@ class RealEpochs:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.has_state:
             self.loader.load_state_dict(state["loader"])
+        if "iteration" in state:
+            self.loader.iteration = state["iteration"]
         self._resume = state
+
+    def leave_resumed_epoch(self) -> None:
+        """The next epoch begins afresh, with the random state that was loaded."""
+        if self._resume is None:
+            return
+        if self.has_state and not self._resume["finished"]:
+            iter(self.loader)  # takes up the position that was loaded; the next one starts an epoch
+        self._resume = {**self._resume, "pulled": 0, "finished": False}
 
     def _continued(self, resume: dict[str, Any]) -> Iterator[Any]:
         self.pulled = resume["pulled"]
@@ -104,10 +119,11 @@ class RealEpochs:
     def _generators(self) -> dict[str, torch.Generator]:
         """What the loader draws from: its own generators, and torch's global one where it has none."""
         own = getattr(self.loader, "generator", None)
-        sampler = getattr(getattr(self.loader, "sampler", None), "generator", None)
         found = {"global": torch.default_generator} if own is None else {"loader": own}
-        if isinstance(sampler, torch.Generator) and sampler is not own:
-            found["sampler"] = sampler
+        for sampler in samplers(self.loader):
+            generator = getattr(sampler, "generator", None)
+            if isinstance(generator, torch.Generator) and generator is not own:
+                found["sampler"] = generator
         return found
 
     def _random_state(self) -> RandomState:
@@ -118,6 +134,16 @@ class RealEpochs:
         for name, value in states.items():
             if name in generators:
                 generators[name].set_state(value)
+
+
+def samplers(loader: Any) -> list[Any]:
+    """The samplers of a loader: its own, and those inside its batch sampler, however it is wrapped."""
+    found = [getattr(loader, "sampler", None)]
+    inner = getattr(loader, "batch_sampler", None)
+    while inner is not None and len(found) < 8:
+        found.append(getattr(inner, "sampler", None))
+        inner = getattr(inner, "batch_sampler", None)
+    return [sampler for sampler in found if sampler is not None]
 
 
 def _named(tensors: RandomState, prefix: str) -> RandomState:

@@ -4,6 +4,7 @@ The last stage of the picture: `Stream.take` and the real loader before it, the 
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.utils.data import BatchSampler
 
 from streamaug.config import LoaderConfig
 from streamaug.errors import MismatchError, StateError, UsageError, nearest
@@ -18,7 +20,8 @@ from streamaug.loader import batch as batches
 from streamaug.loader.batch import Key, Layout
 from streamaug.loader.interleave import Share, deferred_length, deferred_split, exact, places
 from streamaug.loader.labels import Labels, find_attribute
-from streamaug.loader.real import RealEpochs
+from streamaug.loader.ranks import check_real, check_stream, own_state
+from streamaug.loader.real import RealEpochs, samplers
 from streamaug.loader.transforms import Converter, Normalize
 
 if TYPE_CHECKING:
@@ -89,6 +92,9 @@ class StreamLoader:
     Raises UsageError for arguments that cannot be used and, at the first mixed batch, MismatchError where
     real and synthetic images or labels do not agree. Of several iterators of one loader only the newest may
     go on.
+
+    Under torch.distributed each rank wraps its own share of the real images, and its stream is made with that
+    rank and world_size.
     """
 
     def __init__(
@@ -149,6 +155,7 @@ class StreamLoader:
         self._resumed = False
         self._mid_step = False
         self._running: object | None = None
+        _meet_accelerate()
 
     # What training scripts and frameworks read.
 
@@ -182,12 +189,42 @@ class StreamLoader:
                 return self._size
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    @property
+    def real_loader(self) -> Any:
+        """The loader that is wrapped; None where there is none."""
+        return None if self._real is None else self._real.loader
+
+    def rewrap(self, real_loader: Any) -> None:
+        """Wrap another loader of the same images, such as one made for this rank; before the first batch."""
+        if self._step or self._resumed:
+            raise UsageError("the real loader can be replaced before the first batch only")
+        self._real = RealEpochs(real_loader)
+        self._size = getattr(real_loader, "batch_size", None) or 0
+
+    def labels_and_ids(self, batch: Any) -> tuple[Any, Any]:
+        """Of a delivered batch: integer labels [n], and ids [n] (None without `with_ids`), for `stream.feedback`."""
+        fields = batches.fields_of(batch)
+        labels = fields[self._find_layout(batch).label_key]
+        ids = fields.get(batches.IDS_KEY, fields.get(len(fields) - 1)) if self.with_ids else None
+        return (labels.argmax(1) if labels.ndim == 2 else labels), ids
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether all batches of the epoch in progress were delivered. Raises TypeError without a length."""
+        return self._batch >= len(self)
+
+    def end_resumed_epoch(self) -> None:
+        """After `load_state_dict`: leave the rest of the epoch in which the state was saved and begin the next one."""
+        if self._resumed and self._batch:
+            if self._real is not None:
+                self._real.leave_resumed_epoch()
+            self._end_epoch()
+
     def set_epoch(self, epoch: int) -> None:
         """Forwarded to the real loader or to its sampler, whichever has it."""
-        loader: Any = None if self._real is None else self._real.loader
-        nested = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        targets: list[Any] = [loader, getattr(loader, "sampler", None), nested]
-        for target in targets:
+        if self._real is None:
+            return
+        for target in (self._real.loader, *samplers(self._real.loader)):
             if hasattr(target, "set_epoch"):
                 target.set_epoch(epoch)
                 return
@@ -207,10 +244,21 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """One epoch. Lazy: nothing starts before the first batch is asked for."""
+        return self._iterate(0)
+
+    def from_batch(self, first: int) -> "RestOfEpoch":
+        """The epoch from batch `first` (counted from 0) on, for scripts that pass over what was done before a resume.
+
+        A loader resumed by its state is there already. Another one reads the real batches before it and leaves
+        them; the stream is not touched by them.
+        """
+        return RestOfEpoch(self, first)
+
+    def _iterate(self, first: int) -> Iterator[Any]:
         self._check_open()
         run = self._running = object()
         self._mid_step = True
-        for batch in self._epoch_batches():
+        for batch in self._epoch_batches(first):
             self._batch += 1
             self._step += 1
             self._stats.batches += 1
@@ -226,13 +274,23 @@ class StreamLoader:
             self._mid_step = True
         self._end_epoch()
 
-    def _epoch_batches(self) -> Iterator[Any]:
+    def _epoch_batches(self, first: int) -> Iterator[Any]:
         if self._batch and not self._resumed:
             self._end_epoch()
         self._resumed = False
         if self._real is None:
-            return self._synthetic_only()
-        return self._deferring(self._real) if self._defers else self._dropping(self._real)
+            return self._synthetic_only(first)
+        if self._step == 0:
+            check_real(self._real.loader)
+        return self._deferring(self._real, first) if self._defers else self._dropping(self._real, first)
+
+    def _passed(self, first: int) -> bool:
+        """Whether the batch at hand is before the first one wanted; it then counts as delivered."""
+        if self._batch >= first:
+            return False
+        self._batch += 1
+        self._step += 1
+        return True
 
     def _end_epoch(self) -> None:
         self._epoch += 1
@@ -243,7 +301,7 @@ class StreamLoader:
         if self._real is not None:
             self._real.close_epoch()
 
-    def _dropping(self, real: RealEpochs) -> Iterator[Any]:
+    def _dropping(self, real: RealEpochs, first: int) -> Iterator[Any]:
         """As many batches as the real loader has; in "replace" what is displaced is dropped."""
         for batch in real.epoch():
             count, ratio = batches.count_rows(batch), self._ratio_at(self._step)
@@ -255,9 +313,11 @@ class StreamLoader:
                 planned = self._share.of_total(count, ratio)
             else:
                 planned = self._share.beside(count, ratio)
+            if self._passed(first):
+                continue
             yield self._compose(batch, count, planned, total=count if self.mode == "replace" else None)
 
-    def _deferring(self, real: RealEpochs) -> Iterator[Any]:
+    def _deferring(self, real: RealEpochs, first: int) -> Iterator[Any]:
         """Every real image once: read a batch only when fewer than a batch's worth of images wait."""
         source = real.epoch()
         while True:
@@ -278,14 +338,18 @@ class StreamLoader:
                 front, self._waiting = self._split(self._waiting, count, held)
             else:
                 self._waiting = None
+            if self._passed(first):
+                continue
             yield self._compose(front, count, planned, total=None)
 
-    def _synthetic_only(self) -> Iterator[Any]:
+    def _synthetic_only(self, first: int) -> Iterator[Any]:
         assert self.epoch_steps is not None
         if self._converter is None:
             given = None if self._transform == "dataset" else self._transform
             self._converter = self._make_converter(None, given, from_dataset=False)
         for _ in range(self._batch, self.epoch_steps):
+            if self._passed(first):
+                continue
             synthetic = self._take(self._size)
             images = self._converter(synthetic.images, self._step_key())
             labels = torch.from_numpy(synthetic.labels)
@@ -330,6 +394,8 @@ class StreamLoader:
         return merged_batch
 
     def _take(self, count: int) -> "SynthBatch":
+        if not self._touched:
+            check_stream(self.stream)
         self._touched = True
         began = time.perf_counter()
         synthetic = self.stream.take(count)
@@ -439,9 +505,11 @@ class StreamLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state: the next epoch iterated is the rest of the one it was saved in.
 
-        Raises StateError for a state of another kind of loader.
+        Of a state with every rank's part (`integrations.gather_state`) this rank's is taken. Raises StateError for
+        a state of another kind of loader, or of another number of ranks.
         """
         self._check_open()
+        state = own_state(state, self.stream.rank, self.stream.world_size)
         if state.get("version") != _STATE_VERSION:
             raise StateError(
                 f"a StreamLoader state of version {_STATE_VERSION} is needed, got version {state.get('version')!r}"
@@ -501,6 +569,25 @@ class StreamLoader:
             )
 
 
+class RestOfEpoch:
+    """An epoch of a StreamLoader without its first batches; everything else is the loader's."""
+
+    def __init__(self, loader: StreamLoader, first: int):
+        self.loader = loader
+        self.first = first
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.loader._iterate(self.first)
+
+    def __len__(self) -> int:
+        return max(len(self.loader) - self.first, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "loader":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.loader, name)
+
+
 _COUNTS = ("batches", "real", "synthetic", "displaced", "shortfall")
 
 
@@ -510,6 +597,14 @@ def _one_of(name: str, value: Any, accepted: tuple[str, ...]) -> Any:
             f"{name}={value!r}: accepted are {', '.join(map(repr, accepted))}{nearest(str(value), accepted)}"
         )
     return value
+
+
+def _meet_accelerate() -> None:
+    """Accelerate prepares DataLoaders only; where it is in use, it learns to prepare what a StreamLoader wraps."""
+    if "accelerate" in sys.modules:
+        from streamaug.integrations.accelerate import enable
+
+        enable()
 
 
 def _no_ids(count: int) -> torch.Tensor:
@@ -525,6 +620,8 @@ def _epoch_rows(loader: Any, length: int) -> tuple[int, int]:
     """(real images of an epoch, images per batch) of a loader that knows them. Raises TypeError otherwise."""
     size: Any = getattr(loader, "batch_size", None)
     sampler: Any = getattr(loader, "sampler", None)
+    if type(getattr(loader, "batch_sampler", None)) is BatchSampler:
+        size, sampler = loader.batch_sampler.batch_size, loader.batch_sampler.sampler
     if not size or not hasattr(sampler, "__len__"):
         raise TypeError(
             'the length under displaced="defer" follows from the batch_size and the length of the sampler; '

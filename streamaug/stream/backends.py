@@ -1,7 +1,19 @@
 """Who runs producers: a thread (`local`) or a process of its own (`process`), behind one interface.
 
-A backend for other machines implements the same interface: its producer object lives on the trainer's machine
-and puts what arrives into the same ring.
+A backend for other machines implements the same interface. Its `Producer` lives on the trainer's machine, with a thread
+that stands in for the producer at the ring: it takes orders from the lane's ring as they are issued and sends them off,
+each with the live judge's state that it is the first to name (`slot.judge_post`, `mailboxes.read`); fills the slot of
+each batch that comes back, in order, finishes it and publishes it. What it owes the ring is what `producer.serve` does:
+
+- start at `ring.published`, whatever was under way before; `ring.ready` once the engine is built;
+- `ring.beat` when there was word from the other side, and not otherwise: silence is how a hang is noticed;
+- pass `ring.skipping_to` on, publish batches below it as abandoned when they are not made, and end on `ring.closing`;
+- `ring.fail` with the exception of the other side, after which it may end;
+- `hint(lane.wake_producer)` after each of these; it waits on that socket, on which the trainer's hints arrive;
+- `Slot.finish` wants this machine's monotonic clock: the arrival is the end, less the time spent the beginning.
+
+The other side can be `producer.serve` on a ring of its own memory. `alive` is false when the connection is lost: the
+fleet then calls `start` again, and what was on its way is made again.
 """
 
 import contextlib
@@ -14,7 +26,8 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +70,7 @@ class Work:
     seed: int
     threads: int
     nice: int
+    environment: Mapping[str, str] = field(default_factory=dict)  # besides the trainer's own
 
 
 class Producer(Protocol):
@@ -190,7 +204,7 @@ class ProcessProducer:
                 stdout=producers_end,
                 stderr=producers_end,
                 pass_fds=[fd for fd in fds.values() if fd is not None],
-                env=_environment(work.threads),
+                env=_environment(work),
                 start_new_session=True,  # a terminal's Ctrl-C is for the trainer
             )
         except OSError:
@@ -276,11 +290,12 @@ def _has_exited(pid: int) -> bool:
         return True
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(work: Work) -> dict[str, str]:
     """What must be set before the libraries that read it are imported."""
-    environment = dict(os.environ)
+    environment = {**os.environ, **work.environment}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        environment[name] = str(threads)
+        environment[name] = str(work.threads)
+    environment["PYTHONHASHSEED"] = str(work.seed % 2**32)  # the order of sets may decide an order of additions
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     return environment

@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamaug import errors
@@ -21,10 +22,7 @@ from streamaug.stream.ring import FAILED, READY, STARTING, Layout, Mailboxes, Ri
 log = logging.getLogger("streamaug")
 
 _LOOK_SECONDS = 0.25  # how often the keeper looks when nothing wakes it
-_BACKENDS: dict[str, type[ProcessProducer] | type[ThreadProducer]] = {
-    "process": ProcessProducer,
-    "local": ThreadProducer,
-}
+_BACKENDS: dict[str, Callable[[Lane, Work], Producer]] = {"process": ProcessProducer, "local": ThreadProducer}
 
 
 @dataclass
@@ -106,8 +104,13 @@ class Fleet:
             if isinstance(error, OSError):
                 raise StreamaugError(f"the ring cannot be made: {error.strerror} (see ulimit -n)") from None
             raise
-        self._keeper = threading.Thread(target=self._keep, name="streamaug-keeper", daemon=True)
-        self._keeper.start()
+        keeper = threading.Thread(target=self._keep, name="streamaug-keeper", daemon=True)
+        try:
+            keeper.start()
+        except RuntimeError as error:
+            self.release()
+            raise StreamaugError(f"producers cannot be watched: {error} (see ulimit -u)") from None
+        self._keeper = keeper
 
     def issue(self, at: int, order: OrderBatch, judge_post: int) -> int:
         """Write an order into ring `at` and wake its producer; returns the order's number there."""
@@ -127,13 +130,17 @@ class Fleet:
 
     def check(self) -> None:
         """Raise what went wrong for good: the producer's own exception, or that it keeps dying."""
-        for watch in self._watches:
-            if watch.lane.ring.state == FAILED:
-                self._failed(_remote_error(watch.lane.ring))
+        self._hear_failures()
         if self._failure is not None:
             raise self._failure
         if self._closed:
             raise StreamaugError("the stream was closed")
+
+    def _hear_failures(self) -> None:
+        # Not in `check`, whose variables the exception that it raises would keep alive, the rings' memory with them.
+        for watch in self._watches:
+            if watch.lane.ring.state == FAILED:
+                self._failed(_remote_error(watch.lane.ring))
 
     @property
     def closed(self) -> bool:
@@ -248,7 +255,11 @@ class Fleet:
         watch.started = time.monotonic()
         watch.published_at_start = ring.published
         watch.stalled, watch.reported = 0.0, False
-        watch.producer.start(watch.incarnation)
+        try:
+            watch.producer.start(watch.incarnation)
+        except (OSError, RuntimeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            self._failed(StreamaugError(f"a producer cannot be started: {why} (see ulimit -n and ulimit -u)"))
         watch.incarnation += 1
 
     def _look(self, watch: _Watch, now: float, elapsed: float) -> None:

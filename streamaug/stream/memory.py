@@ -1,11 +1,13 @@
 """Where ring slots live: shared memory that has no name, held by file descriptor only.
 
 A block without a name cannot outlive the processes that map it, whatever kills them: there is nothing to
-clean up.
+clean up. Only where a file system makes no nameless files does a block have a name, for the moment between making and
+unlinking it; what a process that was killed in that moment left is removed when the next one makes such a block.
 """
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import tempfile
@@ -17,6 +19,7 @@ from streamaug.errors import MemoryTooSmall
 Kind = Literal["memfd", "shm", "file", "private"]
 
 SHM_FOLDER = "/dev/shm"
+NAME_PREFIX = "streamaug-ring-"
 
 
 class Memory:
@@ -137,9 +140,38 @@ def _open_unnamed(folder: str) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except (OSError, AttributeError):
-        fd, path = tempfile.mkstemp(prefix="streamaug-", dir=folder)
+        return _open_and_unlink(folder)
+
+
+def _open_and_unlink(folder: str) -> int:
+    _remove_left_behind(folder)
+    fd, path = tempfile.mkstemp(prefix=NAME_PREFIX, dir=folder)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)  # says that the owner lives, across containers too
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove_left_behind(folder: str) -> None:
+    """Remove the names of blocks whose owner died before it could."""
+    for name in os.listdir(folder):
+        if name.startswith(NAME_PREFIX):
+            with contextlib.suppress(OSError):  # somebody else's, or gone already
+                _remove_unless_locked(os.path.join(folder, name))
+
+
+def _remove_unless_locked(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
-        return fd
+    finally:
+        os.close(fd)
 
 
 _OPEN = {"memfd": _open_memfd, "shm": _open_shm, "file": _open_file}

@@ -153,12 +153,15 @@ def wait(wakes: list[socket.socket], seconds: float) -> None:
 
 
 def build_engine(engine: str, options: dict, prepare: Callable[[], None] | None = None) -> Engine:
-    """Import "module:function" and call it with the options; `prepare` runs between the two."""
+    """Import "module:function" and call it with the options; `prepare` runs before it is called and after."""
     module_name, _, function = engine.partition(":")
     build = getattr(importlib.import_module(module_name), function)
-    if prepare is not None:
-        prepare()
-    return build(options)
+    if prepare is None:
+        return build(options)
+    prepare()
+    built = build(options)
+    prepare()  # for what building imported
+    return built
 
 
 def main() -> None:

@@ -5,12 +5,14 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from streamaug.stream import arrays
 from streamaug.stream.backends import Work
 from streamaug.stream.batch import Recent, SynthBatch
 from streamaug.stream.fleet import Fleet
+from streamaug.stream.manifest import ManifestWriter
 from streamaug.stream.position import Identity, Position
 from streamaug.stream.ring import Layout, Slot
 from streamaug.stream.stats import Recorder, StreamStats
@@ -43,6 +46,7 @@ class _Batch:
     ring: int = -1
     number: int = -1  # its number in that ring, -1 until it is written there
     offset: int = 0  # accepted images delivered so far
+    planned_at: int = 0  # calls of take there had been
 
     @property
     def name(self) -> tuple[int, int, int]:
@@ -116,12 +120,11 @@ class Stream:
         self._pending: deque[_Batch] = deque()
         self._current: _Batch | None = None
         self._empty_run = 0
-        self._skip = 0
-        self._leftover: SynthBatch | None = None  # copied by a take that was interrupted
-        self._interrupted: Position | None = None
+        self._before: Position | None = None  # where the call of take began that is in progress, or was interrupted
         self._arrival = (np.zeros(0), np.zeros(0))  # of the current batch: ordered and accepted by class
-        self._filled = 0  # of the call of take in progress: images copied, seconds waited
+        self._filled = 0  # of the call of take in progress: images copied, seconds waited, what to count at its end
         self._waited = 0.0
+        self._receipts: list[Callable[[], None]] = []
         self._turn = 0
         self._released = [0] * config.producers  # by ring: batches whose slot is free again
         self._drop_to = [0] * config.producers  # by ring: batches below are discarded when they arrive
@@ -132,8 +135,10 @@ class Stream:
             raise UsageError(f"engine_options must be JSON: {error}") from None
         slots = -(-config.in_flight // config.producers)
         layout = Layout(planner.batch_size, self.image_shape, slots)
-        work = Work(engine, engine_options, planner.seed, config.threads, config.nice)
+        environment = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        work = Work(engine, engine_options, planner.seed, config.threads, config.nice, environment)
         self._fleet = Fleet(config, _backend(config, device), layout, self._identity.judge_nbytes, work)
+        self._manifest = self._open_manifest(engine, engine_options, plan_extra, device)
         self._recorder = Recorder(self.class_names, config.producers)
         self._recent = self._new_recent()
         self._started = False
@@ -199,33 +204,39 @@ class Stream:
         self.start()
         with self._taking:
             self._fleet.check()
-            before = self._position()
+            self._undo_interrupted()
+            self._plan_ahead()
+            self._before = self._position()
             out = SynthBatch.empty(n, self.image_shape)
             self._filled = 0
             self._waited = 0.0
-            try:
-                self._take_leftover(out)
-                self._fill(out)
-            except BaseException:
-                self._leftover, self._interrupted = out[: self._filled], before
-                raise
+            self._receipts.clear()
+            fill = self._fill_of_queues()
+            self._fill(out)
             if self._current is not None and self._current.offset == self._slot(self._current).count:
                 self._consume(self._current)
             self._issue()  # after the copy, so that a producer that wakes up does not compete with it
-            self._recorder.waited(self._waited)
+            self._count(fill)
+            self._before = None
             return out if self._filled == n else out[: self._filled]
 
-    def _take_leftover(self, out: SynthBatch) -> None:
-        """Deliver what an interrupted call had copied already."""
-        if self._leftover is None or self._interrupted is None:
+    def _undo_interrupted(self) -> None:
+        """What an interrupted call of take had copied was not delivered: go back to where it began."""
+        if self._before is None:
             return
-        m = out.put(0, self._leftover[: len(out)])
-        if m == len(self._leftover):
-            self._leftover = self._interrupted = None
+        undelivered = self._undelivered()
+        if [batch.name for batch in undelivered] == self._before.undelivered:
+            undelivered[0].offset = self._before.offset
         else:
-            self._leftover = self._leftover[m:]
-            self._interrupted = replace(self._interrupted, skip=self._interrupted.skip + m)
-        self._filled = m
+            self._go_to(self._before)
+        self._before = None
+
+    def _count(self, fill: tuple[float, float]) -> None:
+        for receipt in self._receipts:
+            receipt()
+        self._recorder.took(self._waited, *fill)
+        if self._recorder.report_due():
+            log.info("%s", self.stats().line())
 
     def _fill(self, out: SynthBatch) -> None:
         while self._filled < len(out):
@@ -252,14 +263,12 @@ class Stream:
                 batch = self._open_ready()
             if batch is None:
                 return None
-            left = self._slot(batch).count - batch.offset
-            passed = min(self._skip, left)
-            batch.offset, self._skip = batch.offset + passed, self._skip - passed
-            if left > passed:
+            if batch.offset < self._slot(batch).count:
                 return batch
             self._consume(batch)
 
     def _copy(self, batch: _Batch, out: SynthBatch) -> None:
+        began_ns = time.monotonic_ns()
         slot, begin = self._slot(batch), self._filled
         m = min(len(out) - begin, slot.count - batch.offset)
         here, there = slice(begin, begin + m), slice(batch.offset, batch.offset + m)
@@ -273,7 +282,16 @@ class Stream:
         out.rows[here] = orders["row_a"]
         out.starts[here] = batch.order.start
         out.fresh[here] = True
-        self._recorder.delivered(out.labels[here], slot.span_ns[1])
+        self._receipts.append(
+            partial(
+                self._recorder.delivered,
+                out.labels[here],
+                made_ns=slot.span_ns[1],
+                planned_at=batch.planned_at,
+                began_ns=began_ns,
+                ended_ns=time.monotonic_ns(),
+            )
+        )
         if self._recent is not None:
             self._recent.add(out[here])
         batch.offset, self._filled = batch.offset + m, begin + m
@@ -282,7 +300,7 @@ class Stream:
         assert self._recent is not None
         begin = self._filled
         m = self._recent.serve(out, begin, len(out) - begin)
-        self._recorder.reused(out.labels[begin : begin + m])
+        self._receipts.append(partial(self._recorder.reused, out.labels[begin : begin + m]))
         self._filled += m
         return m > 0
 
@@ -291,8 +309,11 @@ class Stream:
 
     def _plan_ahead(self) -> None:
         while len(self._pending) + (self._current is not None) < self.config.in_flight:
+            began_ns = time.monotonic_ns()
             weights = self._latest_weights()
-            self._pending.append(_Batch(self.planner.batch(self._next_k, weights, self._judge_version)))
+            order = self.planner.batch(self._next_k, weights, self._judge_version)
+            self._pending.append(_Batch(order, planned_at=self._recorder.steps))
+            self._recorder.planned(len(order), time.monotonic_ns() - began_ns)
             self._next_k += self.world_size
             self._forget_unnamed()
 
@@ -357,9 +378,11 @@ class Stream:
         batch = next(ready, None)
         if batch is None:
             return None
+        slot = self._slot(batch)
+        if self._manifest is not None:
+            self._manifest.opened(batch.order, slot, self._judges)
         self._pending.remove(batch)
         self._current = batch
-        slot = self._slot(batch)
         self._arrival = self._recorder.arrived(batch.order, slot)
         if batch.offset > slot.count:
             raise StreamaugError(
@@ -395,6 +418,7 @@ class Stream:
         changes the batches that are planned from now on, in_flight batches ahead.
         """
         self._require_usable()
+        self._undo_interrupted()
         self._steering.observe(*arrays.feedback(labels, losses, ids, self.planner.num_classes))
 
     def publish_judge(self, state: np.ndarray) -> int:
@@ -405,6 +429,7 @@ class Stream:
         self._require_usable()
         if self._first_judge is None:
             raise UsageError("this stream has no live judge: it was made without a judge_state")
+        self._undo_interrupted()
         self._judge_version += 1
         self._judges[self._judge_version] = arrays.judge_bytes(state, self._identity.judge_nbytes)
         return self._judge_version
@@ -426,8 +451,11 @@ class Stream:
         self._require_usable()
         classes = arrays.weights("class_weights", class_weights, self.planner.num_classes)
         rows = arrays.weights("row_weights", row_weights, len(self.planner.row_labels))
+        self._undo_interrupted()
         if judge_state is not None:
             self.publish_judge(judge_state)
+        if self._manifest is not None:
+            self._manifest.mark(self._position())
         self._drop_everything()
         self._reset_plan(classes, rows)
         if first_k is not None:
@@ -451,8 +479,6 @@ class Stream:
         self._current = None
         self._pending.clear()
         self._posts.clear()
-        self._leftover = self._interrupted = None
-        self._skip = 0
         self._recent = self._new_recent()
 
     def _new_recent(self) -> Recent | None:
@@ -474,7 +500,12 @@ class Stream:
         Raises StateError when the state belongs to another plan, batch size, in_flight, rank or judge.
         """
         self._require_usable()
-        position = Position.from_state(state, self._identity)
+        self._go_to(Position.from_state(state, self._identity))
+        self._before = None
+
+    def _go_to(self, position: Position) -> None:
+        if self._manifest is not None:
+            self._manifest.resumed(position)
         self._drop_everything()
         self._weights = position.weights
         self._weights_version = position.latest_weights
@@ -484,25 +515,25 @@ class Stream:
         self._steering = position.steering
         self._next_k = position.next_k
         self._empty_run = position.empty_run
-        self._skip = position.skip
         for k, plan_version, judge_version in position.undelivered:
-            self._pending.append(_Batch(self.planner.batch(k, self._weights[plan_version], judge_version)))
+            order = self.planner.batch(k, self._weights[plan_version], judge_version)
+            self._pending.append(_Batch(order, planned_at=self._recorder.steps))
         if self._pending:
             self._pending[0].offset = position.offset
 
     def _position(self) -> Position:
-        if self._interrupted is not None:
-            return self._interrupted
+        if self._before is not None:
+            return self._before
         batches = self._undelivered()
         return Position(
             undelivered=[batch.name for batch in batches],
             offset=batches[0].offset if batches else 0,
-            skip=self._skip,
+            skip=0,
             next_k=self._next_k,
             empty_run=self._empty_run,
-            weights=self._weights,
+            weights=dict(self._weights),
             latest_weights=self._weights_version,
-            judges=self._judges,
+            judges=dict(self._judges),
             latest_judge=self._judge_version,
             row_weights=self._row_weights,
             steering=self._steering.copy(),
@@ -537,11 +568,17 @@ class Stream:
         return None if self.rate is None or ratio <= 0 else self.rate / ratio
 
     def stats(self) -> StreamStats:
-        ready = sum(
-            min(ring.published, ring.issued) - released
-            for ring, released in zip(self._fleet.rings, self._released, strict=False)
-        )
-        return self._recorder.stats(min(ready / self.config.in_flight, 1.0), self._fleet.restarts)
+        _, ring_fill = self._fill_of_queues()
+        return self._recorder.stats(ring_fill, self._fleet.restarts)
+
+    def _fill_of_queues(self) -> tuple[float, float]:
+        """Shares of the orders in flight: not yet made, and made but not yet taken."""
+        waiting = ready = 0
+        for ring, released in zip(self._fleet.rings, self._released, strict=False):
+            published, issued = ring.published, ring.issued
+            waiting += issued - min(published, issued)
+            ready += min(published, issued) - released
+        return min(waiting / self.config.in_flight, 1.0), min(ready / self.config.in_flight, 1.0)
 
     def _announce(self) -> None:
         if self._announced or self._recorder.batches <= self.config.producers:
@@ -556,6 +593,26 @@ class Stream:
             self.sustainable(ratio) or 0,
         )
 
+    def _open_manifest(
+        self, engine: str, options: dict[str, Any], extra: Mapping[str, Any] | None, device: str
+    ) -> ManifestWriter | None:
+        if self.config.manifest is None:
+            return None
+        threads = self.config.threads
+        if self._fleet.backend == "local" and "torch" in sys.modules:
+            threads = sys.modules["torch"].get_num_threads()  # of this process, in which the engine runs
+        return ManifestWriter(
+            self.config.manifest,
+            self._identity,
+            engine=engine,
+            engine_options=options,
+            image_shape=self.image_shape,
+            class_names=self.class_names,
+            plan_extra=extra,
+            device=device,
+            threads=threads,
+        )
+
     # The end.
 
     def close(self) -> None:
@@ -565,6 +622,8 @@ class Stream:
         self._fleet.stop()
         with self._taking:
             self._fleet.release()
+            if self._manifest is not None:
+                self._manifest.close(self._position())
         self._finalizer.detach()
 
     def __enter__(self) -> "Stream":

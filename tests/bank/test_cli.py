@@ -55,6 +55,17 @@ def test_info_of_a_bank_without_inversion(tmp_path):
     assert "0 rows" in run("info", tmp_path / "bank")
 
 
+def test_a_bank_without_rows_has_none_to_drop(tmp_path):
+    write(tmp_path / "bank", make_plan(rows=0, parts=[]))
+    (tmp_path / "list").write_text("digits/1")
+    assert "no rows to drop" in run("drop", tmp_path / "bank", "--in-place", "--hashes", tmp_path / "list", code=2)
+
+
+def test_the_figures_of_info_fit_a_terminal_of_80_columns(expected, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "…" not in run("info", expected[2].path)
+
+
 def test_verify_passes_a_sound_bank_and_fails_a_damaged_one(copy):
     assert "every checksum fits" in run("verify", copy)
     os.truncate(shard_of(copy, 1), 200)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from streamaug.data import perceptual
 from streamaug.data.perceptual import HASH_DTYPE, default_distance, near_pairs, perceptual_hash
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -95,3 +96,9 @@ def test_any_shape_is_hashed_alone_or_with_others_and_flat_pictures_alike(shape)
 
 def _resized(image: np.ndarray, size: int) -> Image.Image:
     return Image.fromarray(image.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def test_hashes_do_not_depend_on_how_many_images_are_hashed_at_once(digits, monkeypatch):
+    together = perceptual_hash(digits[:200])
+    monkeypatch.setattr(perceptual, "_PIXELS", 7 * 64)
+    np.testing.assert_array_equal(perceptual_hash(digits[:200]), together)

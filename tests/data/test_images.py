@@ -49,3 +49,9 @@ def test_the_torch_data_set_yields_floats_and_survives_pickling(train):
     assert image.shape == (1, 8, 8) and str(image.dtype) == "torch.float32"
     assert np.array_equal((image * 255).round().numpy(), train.images[5]) and 0 <= image.min() <= 1
     assert type(label) is int and label == train.labels[5]
+
+
+def test_all_images_in_their_own_order_are_not_copied():
+    real = ImageSet.from_arrays(np.arange(12, dtype=np.uint8).reshape(3, 1, 2, 2), [0, 1, 0], ["a", "b"])
+    assert real.subset(real.select_shots(None, seed=0)) is real
+    assert real.subset([0, 2, 1]).sources == ["image/0", "image/2", "image/1"]

@@ -276,6 +276,7 @@ def test_the_part_names_all_that_the_rows_depend_on(prior):
     for changed in ({"visits": 5}, {"lr": 0.5}, {"batch_size": 3}, {"patience": 1}, {"weight_decay": 0.5}):
         assert method(prior, **changed).part.meta != part.meta
     assert method(prior, checkpoint_every=3).part.meta == part.meta
+    assert part.meta["network_dtype"] == "float32", "what the network computes in decides a row's bits"
 
 
 def test_a_rehearsal_tells_the_time_and_the_shapes(digits, prior):

@@ -217,7 +217,7 @@ def test_figures_add_up_and_are_plain():
         assert stream.sustainable(0.5) == pytest.approx(2 * rate)
     assert 8 / 0.1 < rate < 8 / 0.02
     assert 0 < stats.time_to_first_batch_seconds < 10
-    assert stats.stage_seconds["sample"] == pytest.approx(0.02 * stats.made / 8, rel=0.01)
+    assert stats.stages["sample"].seconds == pytest.approx(0.02 * stats.made / 8, rel=0.01)
     assert 0.5 < stats.busy_share <= 1
     assert stats.stall_seconds > 0.05 and stats.wait_p99_seconds >= stats.wait_p50_seconds
     assert "the producer limits training: sample takes" in stats.limit

@@ -90,7 +90,7 @@ def test_an_exception_arrives_within_a_second_with_its_traceback_and_its_batch()
             stream.take(1)
     message = str(error.value)
     assert message.startswith("the producer raised RuntimeError in batch 5: the weights are rotten")
-    assert "in make" in message and "fakes.py" in message and "Traceback" in message
+    assert "in make" in message and "rehearsal.py" in message and "Traceback" in message
 
 
 @pytest.mark.parametrize("backend", ["local", "process"])
@@ -168,7 +168,7 @@ def test_deaths_with_progress_in_between_do_not_add_up():
 
 
 def test_a_stopped_producer_is_reported_and_then_replaced(tmp_path, caplog):
-    options = {"stop_at": 5, "stopped": str(tmp_path / "stopped")}
+    options = {"stop_at": 5, "once": str(tmp_path / "stopped")}
     with make_stream(stall_timeout=0.4, hang_timeout=1.0, engine_options=options) as stream:
         images = listed(stream, [80])
         assert stream.stats().restarts == 1

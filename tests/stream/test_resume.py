@@ -215,6 +215,34 @@ def test_an_interrupted_take_loses_nothing_and_leaves_an_exact_state():
             assert listed(stream, [60]) == expected[at : at + 60]
 
 
+def test_an_interrupted_take_changes_nothing_also_when_the_loop_reacts_afterwards():
+    def react(stream, after: int) -> list[tuple]:
+        images = []
+        for number in range(after, after + 6):
+            images += listed(stream, [3])
+            stream.feedback([0, 1, 2, 3], [1.0 + number, 1.0, 1.0, 1.0])
+            stream.publish_judge(np.full(16, number, np.uint8))
+        return images
+
+    judge = np.zeros(16, np.uint8)
+    with make_stream(backend="local", judge=judge) as stream:
+        expected = listed(stream, [7]) + react(stream, 0) + react(stream, 6) + listed(stream, [40])
+    with make_stream(judge=judge, engine_options={"seconds": 0.03}) as stream:
+        got = listed(stream, [7])
+        assert interrupted_take(stream, 200, 0.3)
+        got += react(stream, 0)
+        state = copy.deepcopy(stream.state_dict())
+        got += react(stream, 6)
+        assert interrupted_take(stream, 200, 0.3)
+        stats = stream.stats()
+        assert (stats.delivered, sum(stats.delivered_per_class.values())) == (43, 43)
+        got += listed(stream, [40])
+    assert got == expected
+    with make_stream(backend="local", judge=judge) as stream:
+        stream.load_state_dict(state)
+        assert react(stream, 6) + listed(stream, [40]) == expected[25:]
+
+
 def test_interrupted_again_and_again_it_still_delivers_every_image():
     expected = undisturbed([120])
     with make_stream(producers=2, engine_options={"seconds": 0.01}) as stream:

@@ -1,0 +1,396 @@
+"""The stream as a source of NVIDIA DALI's pipelines, and a loader that mixes it with what DALI reads and decodes.
+
+In place of StreamLoader where real images come from DALI. Needs the extra `dali`, imported when first used.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from streamaug.errors import MissingExtra, StateError, UsageError
+from streamaug.loader.agreement import Agreement
+from streamaug.loader.labels import Labels
+from streamaug.loader.stream_loader import Ratio, StreamLoader
+from streamaug.stream.batch import SynthBatch
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+
+    from streamaug.stream.stream import Stream
+
+logger = logging.getLogger("streamaug")
+
+PixelLayout = Literal["HWC", "CHW"]
+LastBatch = Literal["partial", "drop", "fill"]
+
+
+def stream_source(
+    stream: "Stream",
+    batch_size: int | None = None,
+    *,
+    layout: PixelLayout = "HWC",
+    classes: Sequence[str] | None = None,
+    soft_labels: bool = False,
+    with_ids: bool = False,
+) -> Callable[[], tuple]:
+    """A `source` for DALI's external_source: each call takes a batch from the stream.
+
+        images, labels = fn.external_source(source=stream_source(stream, 64), num_outputs=2)
+
+        source = ndd.ExternalSource(stream_source(stream, 64), num_outputs=2)   # nvidia.dali.experimental.dynamic
+        images, labels = source()
+
+    It returns DALI tensor lists on the CPU, each over one contiguous array with its layout: images uint8
+    [n, H, W, C] as DALI's decoders make them (or [n, C, H, W]), labels int32 [n, 1] as its file reader gives them
+    (float32 [n, classes] with `soft_labels`, needed for recipes that mix classes) and, with `with_ids`, int64 [n, 1].
+    DALI copies what it is given. A pipeline calls it prefetch_queue_depth batches ahead of what it delivers, so the
+    stream's own state is ahead by as much; `DALIStreamLoader` counts what is delivered.
+
+    batch_size: at most the pipeline's; None takes the stream's. classes: names of the real labels in order, where
+    they are ordered differently from the stream's: for the file reader the sorted names of the folders. Raises
+    MissingExtra without DALI.
+    """
+    _require_usable(stream)
+    tensors = _Tensors(layout)
+    names = Labels(stream.class_names, classes)
+    like = torch.empty(0, len(stream.class_names)) if soft_labels else torch.empty(0, dtype=torch.int32)
+    count = batch_size or stream.config.batch_size
+
+    def source() -> tuple:
+        synthetic = stream.take(count)
+        labels = names.encode(synthetic, like).numpy()
+        outputs = tensors(synthetic.images, labels if soft_labels else labels[:, None])
+        return (*outputs, tensors.plain(synthetic.ids[:, None])) if with_ids else outputs
+
+    return source
+
+
+class _Tensors:
+    """Arrays as DALI's tensor lists, with images [n, C, H, W] brought to the layout wanted."""
+
+    def __init__(self, layout: PixelLayout):
+        if layout not in ("HWC", "CHW"):
+            raise UsageError(f"layout={layout!r}: accepted are 'HWC' and 'CHW'")
+        try:
+            from nvidia.dali.tensors import TensorListCPU
+        except ImportError:
+            raise MissingExtra("NVIDIA DALI", "dali") from None
+        self.layout = layout
+        self._list = TensorListCPU
+
+    def __call__(self, images: np.ndarray, labels: np.ndarray) -> tuple:
+        if self.layout == "HWC":
+            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        return self._list(images, self.layout), self.plain(labels)
+
+    def plain(self, values: np.ndarray) -> Any:
+        return self._list(np.ascontiguousarray(values), "")
+
+
+class DALIStreamLoader(StreamLoader):
+    """Mixes images of a stream into the batches of a DALI pipeline, through the same augmentation operators.
+
+        @pipeline_def(batch_size=64, num_threads=4, device_id=None, exec_dynamic=False)
+        def training(folder, source=None):
+            if source is None:
+                encoded, labels = fn.readers.file(
+                    file_root=folder, random_shuffle=True, pad_last_batch=True, name="reader"
+                )
+                images = fn.decoders.image(encoded)
+            else:
+                images, labels = fn.external_source(source=source, num_outputs=2)
+            images = fn.resize(images, size=[64, 64])
+            return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), dtype=types.FLOAT), labels
+
+        loader = DALIStreamLoader(functools.partial(training, folder), stream, ratio=0.5)
+        for batch in loader:
+            images, labels = batch[0]["data"], batch[0]["label"]
+
+    It delivers what DALIGenericIterator does: a list with one mapping of tensors. The length is that of an epoch of
+    the reader. Shares, modes, `displaced`, the ratio that can be set while training, `stats`, and the state are those
+    of StreamLoader, and the arguments not described here as well.
+
+    pipeline: builds a Pipeline that returns images and labels. It is called as pipeline(source=None, ...) for the
+        real images and as pipeline(source=source, ...) for the synthetic ones, which come in the pipeline's batch
+        size; `...` are enable_checkpointing and checkpoint. Labels of synthetic images are written in the form that
+        the real ones leave the pipeline in, whatever the pipeline makes of theirs.
+    reader_name: the reader's `name` in the pipeline.
+    output_map: names of the images and the labels in the batch.
+    last_batch: of an epoch that is no multiple of the batch size: "partial" delivers a short one, "drop" none, "fill"
+        a full one, as the reader pads it.
+    layout: of the images that the source gives, as the decoder's.
+    checkpointing: keep the state of readers and random operators. False for pipelines with operators that DALI
+        cannot save; there is no state then.
+
+    What is saved is exact for what DALI saves: readers (their shuffling and place) and random operators. Loading a
+    state builds both pipelines anew. The synthetic images that were augmented and not delivered yet are part of the
+    state. An epoch left by `break` is read to its end before the next one begins, as DALI cannot go back.
+    """
+
+    def __init__(
+        self,
+        pipeline: Callable[..., "Pipeline"],
+        stream: "Stream",
+        ratio: Ratio | None = None,
+        mode: Literal["replace", "append"] | None = None,
+        *,
+        displaced: Literal["drop", "defer"] | None = None,
+        reader_name: str = "reader",
+        output_map: Sequence[str] = ("data", "label"),
+        last_batch: LastBatch = "partial",
+        layout: PixelLayout = "HWC",
+        checkpointing: bool = True,
+        seed: int = 0,
+        with_ids: bool = False,
+        classes: Sequence[str] | None = None,
+    ):
+        if not callable(pipeline):
+            raise UsageError(
+                f"the first argument builds a pipeline, called as pipeline(source=...); got a "
+                f"{type(pipeline).__name__}: pass functools.partial(your_pipeline_function, ...)"
+            )
+        if len(output_map) != 2:
+            raise UsageError(f"output_map names the images and the labels, got {list(output_map)}")
+        _require_usable(stream)
+        tensors = _Tensors(layout)
+        names = list(output_map)
+        self._images = _RealImages(_Built(pipeline, names, checkpointing), reader_name, last_batch)
+        self._augmented = _Augmented(_Built(pipeline, names, checkpointing), stream, tensors, self._images.batch_size)
+        super().__init__(
+            self._images,
+            self._augmented,  # type: ignore[arg-type]
+            ratio,
+            mode,
+            displaced=displaced,
+            transform=None,
+            seed=seed,
+            with_ids=with_ids,
+            image_key=names[0],
+            label_key=names[1],
+            classes=classes,
+        )
+
+    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        for batch in super().__iter__():
+            yield [self._images.delivered(batch)]
+
+    def close(self) -> None:
+        """End the iteration and both pipelines. The stream stays open."""
+        super().close()
+        self._images.close()
+        self._augmented.close()
+
+    def _make_converter(self, real: torch.Tensor | None, transform: Any, from_dataset: bool) -> Any:
+        assert real is not None
+        return _AsAugmented(real)
+
+
+class _AsAugmented:
+    """Stands in for a Converter: the images left the pipeline in the real form, which the first ones must prove."""
+
+    seconds = 0.0
+
+    def __init__(self, real: torch.Tensor):
+        self._real: torch.Tensor | None = real
+
+    def __call__(self, images: Any, key: tuple[int, ...]) -> torch.Tensor:
+        if self._real is not None:
+            agreement = Agreement(
+                1, "let the pipeline bring both to one size, dtype and range (fn.resize, fn.crop_mirror_normalize)"
+            )
+            agreement.observe([self._real], synthetic=False)
+            agreement.observe([images], synthetic=True)
+            self._real = None
+        return images
+
+    def close(self) -> None:
+        pass
+
+
+class _Built:
+    """A pipeline and the iterator over it, built anew for each checkpoint."""
+
+    def __init__(self, pipeline: Callable[..., "Pipeline"], names: list[str], checkpointing: bool):
+        self.names, self._checkpointing = names, checkpointing
+        self._pipeline = pipeline
+        self.iterator: Any = None
+
+    def build(self, source: Any, checkpoint: torch.Tensor | None, **iteration: Any) -> "Pipeline":
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+        self.iterator = None  # ends the threads of the one before
+        saved = None if checkpoint is None else checkpoint.numpy().tobytes()
+        options = {"enable_checkpointing": True, "checkpoint": saved} if self._checkpointing else {}
+        pipe = self._pipeline(source=source, **options)
+        self.iterator = DALIGenericIterator(pipe, self.names, prepare_first_batch=False, **iteration)
+        return pipe
+
+    def next(self) -> dict[str, torch.Tensor]:
+        return next(self.iterator)[0]
+
+    def checkpoint(self) -> torch.Tensor:
+        if not self._checkpointing:
+            raise StateError("this DALIStreamLoader was built with checkpointing=False and has no state to save")
+        return torch.frombuffer(bytearray(self.iterator.checkpoints()[0]), dtype=torch.uint8)
+
+
+class _RealImages:
+    """Epochs of the reader: batches {images, labels} with labels [n] where the reader's are [n, 1]."""
+
+    def __init__(self, built: _Built, reader_name: str, last_batch: LastBatch):
+        from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+
+        policies = {
+            "partial": LastBatchPolicy.PARTIAL,
+            "drop": LastBatchPolicy.DROP,
+            "fill": LastBatchPolicy.FILL,
+        }
+        if last_batch not in policies:
+            raise UsageError(f"last_batch={last_batch!r}: accepted are {', '.join(map(repr, policies))}")
+        self._built, self._column, self._begun = built, False, False
+        self._iteration = {
+            "reader_name": reader_name,
+            "last_batch_policy": policies[last_batch],
+            "auto_reset": True,
+        }
+        pipe = self._build(None)
+        reader = pipe.reader_meta(reader_name)
+        self.batch_size = pipe.max_batch_size
+        # Read by StreamLoader for the length under displaced="defer".
+        self.drop_last = last_batch != "partial"
+        shard, shards = reader["shard_id"], reader["number_of_shards"]
+        self.sampler = range(
+            reader["epoch_size"] * shard // shards,
+            reader["epoch_size"] * (shard + 1) // shards,
+        )
+        if last_batch == "partial" and not reader["pad_last_batch"] and len(self.sampler) % self.batch_size:
+            logger.warning(
+                "the reader %r goes on into the next epoch in the last batch, and that part is lost: give it "
+                "pad_last_batch=True, or last_batch='drop'",
+                reader_name,
+            )
+
+    def __len__(self) -> int:
+        return len(self._built.iterator)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if self._begun:
+            logger.warning("the epoch was left before its end: the rest of it is read, as DALI cannot go back")
+            for _ in self._rest():
+                pass
+        return self._rest()
+
+    def _rest(self) -> Iterator[dict[str, torch.Tensor]]:
+        self._begun = True
+        while True:
+            try:
+                batch = self._built.next()
+            except StopIteration:
+                self._begun = False
+                return
+            labels = batch[self._built.names[1]]
+            self._column = labels.ndim == 2 and labels.shape[1] == 1
+            yield batch | {self._built.names[1]: labels[:, 0]} if self._column else batch
+
+    def delivered(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch with labels as they left the pipeline."""
+        name = self._built.names[1]
+        return batch | {name: batch[name][:, None]} if self._column else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensors": {"checkpoint": self._built.checkpoint()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._build(state["tensors"]["checkpoint"])
+        self._begun = False
+
+    def close(self) -> None:
+        self._built.iterator = None
+
+    def _build(self, checkpoint: torch.Tensor | None) -> "Pipeline":
+        return self._built.build(None, checkpoint, **self._iteration)
+
+
+class _Augmented:
+    """A stream whose images have been through the pipeline: `take` gives them as a tensor, on the pipeline's device.
+
+    The rest of the stream's surface is the stream's own.
+    """
+
+    def __init__(self, built: _Built, stream: "Stream", tensors: _Tensors, batch_size: int):
+        self._built, self._stream, self._tensors, self._batch_size = built, stream, tensors, batch_size
+        self._taken: deque[tuple[SynthBatch, dict]] = deque()  # what the pipeline holds, with the state after each
+        self._left: SynthBatch | None = None  # augmented and not delivered
+        self._state: dict[str, Any] = {}  # of the stream, where the pipeline has delivered to
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def take(self, n: int) -> SynthBatch:
+        if self._built.iterator is None:
+            self._build(None)
+        parts, missing = [], n
+        while missing:
+            if self._left is None or not len(self._left):
+                self._left = self._next()
+            part = self._left[:missing]
+            self._left = self._left[len(part) :]
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        left = self._left if self._left is not None and len(self._left) else None
+        tensors = {} if left is None else {field.name: _tensor(getattr(left, field.name)) for field in fields(left)}
+        return {"stream": self._state, "checkpoint": self._built.checkpoint(), "left": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        left = state["left"]
+        self._stream.load_state_dict(state["stream"])
+        self._build(state["checkpoint"])
+        self._left = None
+        if left:
+            arrays = {name: value if name == "images" else value.numpy() for name, value in left.items()}
+            self._left = SynthBatch(**arrays)
+
+    def close(self) -> None:
+        self._built.iterator = None
+
+    def _build(self, checkpoint: torch.Tensor | None) -> None:
+        self._taken.clear()
+        self._state = self._stream.state_dict()
+        self._built.build(self._source, checkpoint)
+
+    def _source(self, iteration: int) -> tuple:
+        """Called by the pipeline, ahead of what it delivers. `iteration` makes DALI resume it without a warning."""
+        synthetic = self._stream.take(self._batch_size)
+        self._taken.append((synthetic, self._stream.state_dict()))
+        return self._tensors(synthetic.images, synthetic.labels.astype(np.int32)[:, None])
+
+    def _next(self) -> SynthBatch:
+        images = self._built.next()[self._built.names[0]]
+        synthetic, self._state = self._taken.popleft()
+        synthetic.images = images  # type: ignore[assignment]  # a tensor from here on
+        return synthetic
+
+
+def _joined(parts: list[SynthBatch]) -> SynthBatch:
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(SynthBatch)}
+    joined = {name: np.concatenate(values) for name, values in columns.items() if name != "images"}
+    return SynthBatch(images=torch.cat(columns["images"]), **joined)  # type: ignore[arg-type]
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    return values.clone() if isinstance(values, torch.Tensor) else torch.from_numpy(values.copy())
+
+
+def _require_usable(stream: "Stream") -> None:
+    if not hasattr(stream, "take"):
+        raise UsageError(f"a Stream is needed, got a {type(stream).__name__}")
+    if stream.config.starved == "real":
+        raise UsageError("a DALI source delivers whole batches (stream.starved: real does not); set it to wait or reuse")

@@ -1,0 +1,65 @@
+"""What a loader must know of the other ranks: whose orders it reads, who reads which real images, whose state is whose.
+
+Nothing here is a collective but `gather_state`.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+from streamaug.errors import StateError, UsageError
+
+logger = logging.getLogger("streamaug")
+
+RANKS_KEY = "ranks"
+
+
+def in_group() -> bool:
+    """Whether this process is one of several in torch's default process group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_stream(stream: Any) -> None:
+    """Raises UsageError where every rank would be served the same synthetic images."""
+    if in_group() and stream.world_size == 1:
+        raise UsageError(
+            f"this process is rank {dist.get_rank()} of {dist.get_world_size()} and its stream was made for one rank: "
+            "all ranks would get the same images; build it with Stream.from_config(..., "
+            f"rank={dist.get_rank()}, world_size={dist.get_world_size()})"
+        )
+
+
+def check_real(loader: Any) -> None:
+    """Warn where every rank reads the whole real dataset."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if not in_group() or not isinstance(loader, DataLoader) or type(batch_sampler) is not BatchSampler:
+        return
+    sampler = batch_sampler.sampler
+    if type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement):
+        logger.warning(
+            "each of the %d ranks reads all real images: give the DataLoader a DistributedSampler, pass the "
+            "StreamLoader to accelerator.prepare, or add StreamCallback to Lightning's Trainer",
+            dist.get_world_size(),
+        )
+
+
+def gather_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The states of all ranks in one, for checkpoints that one rank writes. Every rank must call it."""
+    if not in_group():
+        return state
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return {RANKS_KEY: states}
+
+
+def own_state(state: Mapping[str, Any], rank: int, world_size: int) -> Mapping[str, Any]:
+    """This rank's part of what `gather_state` gave; any other state as it is."""
+    if RANKS_KEY not in state:
+        return state
+    saved = len(state[RANKS_KEY])
+    if saved != world_size:
+        raise StateError(f"the state was saved by {saved} ranks and is loaded by {world_size}; start {saved}")
+    return state[RANKS_KEY][rank]

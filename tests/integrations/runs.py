@@ -1,0 +1,335 @@
+"""Short training runs in each framework over a real stream; what arrives is written down batch by batch.
+
+As a script, one rank of several: runs each framework whole, stopped in mid-epoch, and resumed, and leaves a report.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loader.fakes import DIGITS, Images
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
+
+import streamaug as sa
+from streamaug.config import LoaderConfig, Recipe, StreamConfig
+from streamaug.orders import Planner, Schedule
+
+COUNT, BATCH, EPOCHS = 43, 8, 3
+Delivered = list[list[list[int]]]  # batch -> [ids of synthetic images (-1: real), indices of real ones (-1: synthetic)]
+
+
+def make_stream(rank: int = 0, world_size: int = 1, backend: str = "local") -> sa.Stream:
+    schedule = Schedule(np.linspace(0, 1, 11), np.linspace(1, 0, 11))
+    return sa.Stream(
+        Planner(np.arange(30) % 10, 10, schedule, [Recipe(kind="noise")], batch_size=6, seed=1),
+        engine="loader.engine:build",
+        engine_options={},
+        image_shape=(1, 8, 8),
+        config=StreamConfig(batch_size=6, in_flight=3, backend=backend),
+        class_names=DIGITS,
+        loader_config=LoaderConfig(ratio=0.5),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def written_down(images: torch.Tensor, ids: torch.Tensor) -> list[list[int]]:
+    """Checks each synthetic image against its id on the way."""
+    synthetic = ids >= 0
+    expected = (ids[synthetic] % 200 + 50) / 255
+    assert torch.allclose(images[synthetic][:, 0, 4, 4], expected.to(images.dtype))
+    indices = torch.where(synthetic, -1, (images[:, 0, 0, 1] * 1000).round().long())
+    return [ids.tolist(), indices.tolist()]
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def torch_run(folder: Path, stream: sa.Stream, *, stop: int = 0, resume: bool = False, **options: Any) -> Delivered:
+    """torchrun and DistributedDataParallel, or a single process."""
+    torch.manual_seed(1)
+    dataset = Images(COUNT)
+    several = stream.world_size > 1
+    sampler = DistributedSampler(dataset) if several else RandomSampler(dataset)
+    real = DataLoader(dataset, batch_size=BATCH, sampler=sampler, num_workers=options.pop("num_workers", 0))
+    loader = sa.StreamLoader(real, stream, ratio=0.5, with_ids=True, **options)
+    model = nn.parallel.DistributedDataParallel(Classifier()) if several else Classifier()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    file, first_epoch, delivered = folder / f"torch_{stream.rank}.pt", 0, []
+    if resume:
+        torch.rand(5)
+        state = torch.load(file)
+        loader.load_state_dict(state)
+        first_epoch = state["epoch"]
+    for epoch in range(first_epoch, EPOCHS):
+        loader.set_epoch(epoch)
+        for images, labels, ids in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            delivered.append(written_down(images, ids))
+            if len(delivered) == stop:
+                torch.save(loader.state_dict(), file)
+                return delivered
+    return delivered
+
+
+def accelerate_run(
+    folder: Path,
+    stream: sa.Stream,
+    *,
+    stop: int = 0,
+    resume: bool = False,
+    skip: bool = False,
+    gathered: list[int] | None = None,
+    synced: list[bool] | None = None,
+    mode: str = "replace",
+    **options: Any,
+) -> Delivered:
+    import accelerate
+
+    torch.manual_seed(1)
+    accelerator = accelerate.Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=2,
+        dataloader_config=accelerate.DataLoaderConfiguration(**options),
+    )
+    real = DataLoader(Images(COUNT), batch_size=BATCH, shuffle=True)
+    loader = sa.StreamLoader(real, stream, ratio=0.5, mode=mode, with_ids=True)
+    model = Classifier()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    assert isinstance(loader, sa.StreamLoader)
+    first_epoch, delivered = 0, []
+    if resume:
+        torch.rand(5)
+        accelerator.load_state(folder / "accelerate")
+        first_epoch = loader.state_dict()["epoch"]
+    for epoch in range(first_epoch, EPOCHS):
+        loader.set_epoch(epoch)
+        batches: Any = loader
+        if skip and epoch == first_epoch:
+            batches = accelerate.skip_first_batches(loader, loader.state_dict()["batch"])
+        for images, labels, ids in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(images), labels))
+                optimizer.step()
+                optimizer.zero_grad()
+            delivered.append(written_down(images, ids))
+            if gathered is not None:
+                gathered.append(len(accelerator.gather_for_metrics(labels)))
+            if synced is not None:
+                synced.append(accelerator.sync_gradients)
+            if len(delivered) == stop:
+                accelerator.save_state(folder / "accelerate")
+                return delivered
+    return delivered
+
+
+def lightning_run(
+    folder: Path,
+    stream: sa.Stream,
+    *,
+    stop: int = 0,
+    resume: bool = False,
+    every: int | None = None,
+    callback: Any = None,
+    combined: bool = False,
+    shuffle: bool = True,
+    **options: Any,
+) -> Delivered:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.utilities import CombinedLoader
+
+    delivered: Delivered = []
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.classifier = Classifier()
+
+        def training_step(self, batch, batch_idx):
+            images, labels, ids = batch["mixed"] if combined else batch
+            delivered.append(written_down(images, ids))
+            losses = nn.functional.cross_entropy(self.classifier(images), labels, reduction="none")
+            return {"loss": losses.mean(), "losses": losses} if not combined else losses.mean()
+
+        def validation_step(self, batch, batch_idx):
+            self.classifier(batch[0])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            real = DataLoader(Images(COUNT), batch_size=BATCH, shuffle=shuffle)
+            loader = sa.StreamLoader(real, stream, ratio=0.5, with_ids=True)
+            other = DataLoader(Images(10), batch_size=4)
+            return CombinedLoader({"mixed": loader, "other": other}, "max_size_cycle") if combined else loader
+
+        def val_dataloader(self):
+            return DataLoader(Images(10), batch_size=5)
+
+    torch.manual_seed(1)
+    several = stream.world_size > 1
+    saving = ModelCheckpoint(
+        dirpath=folder / "lightning", filename="{step}", save_top_k=-1, every_n_train_steps=every or stop or 1000
+    )
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS,
+        max_steps=stop or -1,
+        accelerator="cpu",
+        devices=stream.world_size,
+        strategy="ddp" if several else "auto",
+        callbacks=[callback or sa_callback(), saving],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    checkpoint = None
+    if resume:
+        torch.rand(5)
+        checkpoint = next((folder / "lightning").glob("*.ckpt")) if resume is True else folder / "lightning" / resume
+    trainer.fit(Module(), datamodule=Data(), ckpt_path=checkpoint, weights_only=False)
+    return delivered
+
+
+def sa_callback(**options: Any) -> Any:
+    from streamaug.integrations import StreamCallback
+
+    return StreamCallback(**options)
+
+
+class Dictionaries(Images):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return {"pixel_values": image, "labels": label}
+
+
+class Classifies(nn.Module):
+    """As the Trainer calls models; writes down what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = Classifier()
+        self.delivered: Delivered = []
+
+    def forward(self, pixel_values, labels, synthetic_ids):
+        self.delivered.append(written_down(pixel_values, synthetic_ids))
+        return {"loss": nn.functional.cross_entropy(self.classifier(pixel_values), labels)}
+
+
+def trainer_run(
+    folder: Path,
+    stream: sa.Stream,
+    *,
+    stop: int = 0,
+    resume: bool = False,
+    mixin: bool = False,
+    every: int | None = None,
+    **options: Any,
+) -> Delivered:
+    from transformers import Trainer, TrainingArguments
+
+    from streamaug.integrations import StreamTrainerMixin, add_stream
+
+    class Mixed(StreamTrainerMixin, Trainer):
+        pass
+
+    arguments = TrainingArguments(
+        str(folder / "trainer"),
+        num_train_epochs=EPOCHS,
+        max_steps=-1,
+        per_device_train_batch_size=BATCH,
+        save_strategy="steps" if every or stop else "no",
+        save_steps=every or stop or 500,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        remove_unused_columns=False,
+        seed=1,
+        **options,
+    )
+    model = Classifies()
+    mixed = {"ratio": 0.5, "with_ids": True}
+    if mixin:
+        trainer = Mixed(model, arguments, train_dataset=Dictionaries(COUNT), stream=stream, stream_options=mixed)
+    else:
+        trainer = add_stream(Trainer(model, arguments, train_dataset=Dictionaries(COUNT)), stream, **mixed)
+    if stop:
+        trainer.add_callback(stop_at(stop))
+    if resume:
+        torch.rand(5)
+        resume = str(folder / "trainer" / resume) if isinstance(resume, str) else True
+    trainer.train(resume_from_checkpoint=resume or None)
+    if not stop:
+        assert trainer.state.epoch == EPOCHS
+    return model.delivered
+
+
+def stop_at(step: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= step
+
+    return Stop()
+
+
+RUNS: dict[str, Callable[..., Delivered]] = {
+    "torch": torch_run,
+    "accelerate": accelerate_run,
+    "lightning": lightning_run,
+    "trainer": trainer_run,
+}
+
+
+def interrupted(name: str, folder: Path, rank: int = 0, world_size: int = 1, stop: int = 4, **options: Any) -> dict:
+    """A framework's run whole, and stopped and resumed; the stopped one reads a producer process."""
+    with make_stream(rank, world_size) as stream:
+        whole = RUNS[name](folder / "whole", stream, **options)
+    pids: list[int] = []
+    with make_stream(rank, world_size, "process") as stream:
+        take = stream.take
+
+        def noting(n):
+            batch = take(n)
+            pids[:] = stream.producer_pids
+            return batch
+
+        stream.take = noting
+        first = RUNS[name](folder, stream, stop=stop, **options)
+    with make_stream(rank, world_size) as stream:
+        rest = RUNS[name](folder, stream, resume=True, **options)
+    return {"whole": whole, "parts": first + rest, "first": len(first), "pids": pids}
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo")
+    report = {name: interrupted(name, folder, rank, world_size) for name in names}
+    (folder / f"rank{rank}.json").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a producer finds when it starts: seeds, threads, and variables that libraries read when they are imported."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamaug.stream.backends import Work
+
+from .fakes import listed, make_stream
+
+
+def variables(stream) -> dict[str, str]:
+    (pid,) = stream.producer_pids
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if pair)
+
+
+def drawn(**options) -> np.ndarray:
+    with make_stream(engine=f"{__package__}.drawing:build", **options) as stream:
+        return stream.take(8).images.copy()
+
+
+def test_every_library_draws_the_same_in_every_producer_also_one_that_building_imported():
+    first, second, other = drawn(), drawn(), drawn(seed=1)
+    assert (first == second).all()
+    names = ("random", "numpy", "torch", "hash")
+    pixels = first[0].reshape(-1, 16)
+    for at, name in enumerate(names):
+        assert len(set(pixels[at])) > 1, name
+        assert (pixels[at] != other[0].reshape(-1, 16)[at]).any(), name
+
+
+def test_an_incarnation_draws_what_the_one_before_it_drew(monkeypatch):
+    monkeypatch.setenv("STREAMAUG_FAULT", "before_publish:0")
+    assert (drawn() == drawn()).all()
+
+
+def test_threads_are_set_before_the_libraries_are_imported(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with make_stream(threads=2) as stream:
+        stream.take(1)
+        found = variables(stream)
+    assert [found[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")] == ["2", "2", "2"]
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_producer_on_the_cpu_sees_no_gpu_whatever_the_trainer_sees(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with make_stream() as stream:
+        stream.take(1)
+        assert variables(stream)["CUDA_VISIBLE_DEVICES"] == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_what_the_work_names_is_set_and_the_rest_is_the_trainers(monkeypatch):
+    monkeypatch.setenv("SOMETHING", "of the trainer")
+    stream = make_stream()
+    work = stream._fleet.work
+    object.__setattr__(stream._fleet, "work", Work(**(vars(work) | {"environment": {"CUDA_VISIBLE_DEVICES": "1"}})))
+    with stream:
+        stream.take(1)
+        found = variables(stream)
+    assert (found["SOMETHING"], found["CUDA_VISIBLE_DEVICES"]) == ("of the trainer", "1")
+
+
+@pytest.mark.parametrize("seed", [0, 2**40])
+def test_any_seed_will_do(seed):
+    with make_stream(seed=seed) as stream:
+        assert len(listed(stream, [8])) == 8
