@@ -17,6 +17,7 @@ from streamaug.config import Recipe, StreamConfig
 from streamaug.orders import OrderBatch, Planner, Schedule
 from streamaug.stream import Stream
 
+CORES = sorted(os.sched_getaffinity(0))
 BATCH, LARGE, SMALL = 64, (3, 224, 224), (1, 8, 8)
 WORK_SECONDS = 0.02
 
@@ -70,9 +71,8 @@ def make_stream(image_shape: tuple[int, int, int], batch_size: int = BATCH, in_f
 def core(number: int, pids: tuple[int, ...] = (0,)) -> Iterator[None]:
     """Bind processes to one core; for this process, until the end of the block."""
     before = os.sched_getaffinity(0)
-    cores = sorted(before)
     for pid in pids:
-        os.sched_setaffinity(pid, {cores[number % len(cores)]})
+        os.sched_setaffinity(pid, {CORES[number % len(CORES)]})
     yield
     os.sched_setaffinity(0, before)
 

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from streamaug.data import ImageSet as ImageSet
     from streamaug.errors import StreamaugError as StreamaugError
     from streamaug.inverting import invert as invert
+    from streamaug.loader import DALIStreamLoader as DALIStreamLoader
+    from streamaug.loader import Mix as Mix
     from streamaug.loader import StreamLoader as StreamLoader
+    from streamaug.loader import StreamNode as StreamNode
+    from streamaug.loader import stream_source as stream_source
     from streamaug.orders import OrderBatch as OrderBatch
     from streamaug.orders import Planner as Planner
     from streamaug.preparation import prepare as prepare
@@ -32,17 +36,21 @@ except PackageNotFoundError:  # imported from a checkout that was never installe
 # Imported when first used: a producer, the command line's --help and a spawned worker need few of them.
 _PUBLIC = {
     "Config": "streamaug.config",
+    "DALIStreamLoader": "streamaug.loader",
     "ImageSet": "streamaug.data",
     "LatentBank": "streamaug.bank",
+    "Mix": "streamaug.loader",
     "OrderBatch": "streamaug.orders",
     "Planner": "streamaug.orders",
     "Sampler": "streamaug.sampling.sampler",
     "Stream": "streamaug.stream",
     "StreamLoader": "streamaug.loader",
+    "StreamNode": "streamaug.loader",
     "StreamaugError": "streamaug.errors",
     "invert": "streamaug.inverting",
     "load": "streamaug.config",
     "prepare": "streamaug.preparation",
+    "stream_source": "streamaug.loader",
 }
 __all__ = sorted(_PUBLIC)
 

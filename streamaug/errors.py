@@ -32,6 +32,12 @@ class BankError(UsageError):
     """A latent bank that cannot be opened, written or used with this model or loader."""
 
 
+class BankWriteError(BankError):
+    """A bank could not be written to the end, for want of disk: make room and go on. Exits with 1."""
+
+    exit_code = 1
+
+
 class MismatchError(UsageError):
     """Two sides that must agree (model, bank, loader) do not; the message describes both."""
 

@@ -15,12 +15,22 @@ def check_recipes(config: Config, class_names: Sequence[str]) -> None:
     Raises ConfigError, and DataError for an unknown class and for one that no recipe is for.
     """
     served_classes([recipe for recipe in config.recipes if recipe.weight > 0], len(class_names), class_names)
+    untold = None
+    if config.model.path is None and config.prior is not None and not config.prior.labels:
+        untold = (
+            "needs a generator that is told the class, and the prior is trained without labels: set prior.labels to "
+            "true (those that data.shots leaves) or to all, or model.path to a model that takes a class or a prompt"
+        )
+        if "embedding" in config.bank.methods:
+            raise ConfigError(f"bank.methods: 'embedding' {untold}")
     for position, recipe in enumerate(config.recipes):
         if recipe.pairs == "mixed" and len(recipe.classes or class_names) < 2:
             raise ConfigError(
                 f"recipes.{position}: pairs 'mixed' takes partners of the recipe's other classes and it has one class, "
                 f"{', '.join(recipe.classes or class_names)}: name more, or set pairs to same or nearest"
             )
+        if recipe.kind == "prompt" and untold and not recipe.classifier_guidance[0]:
+            raise ConfigError(f"recipes.{position}: kind 'prompt' {untold}, or classifier_guidance above 0")
         missing = _missing_method(recipe, config.bank)
         if missing:
             what = {"encode": "the images' latents", "ddim": "inverted latents", "embedding": "inverted embeddings"}

@@ -5,16 +5,17 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamaug.bank import LatentBank
-from streamaug.bank.files import INDEX
+from streamaug.bank.files import read_index
 from streamaug.config import Config, load
 from streamaug.data import ImageSet, as_image_set, load_splits
 from streamaug.engine import solver_settings
-from streamaug.errors import MismatchError
+from streamaug.errors import BankError, MismatchError
 from streamaug.filtering.configured import judge_features, make_judge
 from streamaug.filtering.judge import Judge
 from streamaug.fits import check_model, check_recipes, check_without_images
@@ -53,6 +54,7 @@ def estimate_configured(config: Config, *, progress: Progress) -> run.Estimate:
     progress.phase("measuring one group")
     methods = methods_for(config, job.model, job.prompts, job.judge)
     path = bank_path(config, job.model, job.images)
+    job.say_what_was_skipped()
     return run.estimate(job.images, path, methods, model_digest=job.model.digest, shard_rows=config.bank.shard_rows)
 
 
@@ -113,13 +115,20 @@ def find_bank(
     Raises MismatchError when such a bank is of another model, of other methods or settings, or of other classes.
     """
     path = bank_path(config, model, images)
-    if (path / INDEX).is_file():
+    if _edited(path):
         bank = LatentBank.open(path)
-        if bank.edits:
-            _check_edited(bank, config, model, images, prompts, judge)
-            log.info("%s is used as it is (%s); `streamaug invert` makes it whole again", path, "; ".join(bank.edits))
-            return bank
+        _check_edited(bank, config, model, images, prompts, judge)
+        log.info("%s is used as it is (%s); `streamaug invert` makes it whole again", path, "; ".join(bank.edits))
+        return bank
     return write_bank(config, model, images, prompts, judge, progress)
+
+
+def _edited(path: Path) -> bool:
+    """Whether a bank is there whose rows were dropped or merged; what cannot be read is written anew."""
+    try:
+        return bool(read_index(path)["edits"])
+    except BankError:
+        return False
 
 
 def _check_edited(
@@ -166,9 +175,17 @@ class _Job:
     model: ModelInfo
     prompts: Path | None
     judge: Judge | None
+    notes: Sequence[str]
 
     @classmethod
-    def of(cls, config: Config, images: ImageSet, unlabelled: ImageSet, progress: Progress) -> "_Job":
+    def of(
+        cls,
+        config: Config,
+        images: ImageSet,
+        unlabelled: ImageSet,
+        progress: Progress,
+        notes: Sequence[str] = (),
+    ) -> "_Job":
         check_recipes(config, images.class_names)
         if len(images) == 0:
             check_without_images(config)
@@ -180,17 +197,22 @@ class _Job:
         if config.bank.score:
             progress.phase("fitting the judge")
             judge = make_judge(config, images, config.seed, judge_features(config, model))
-        return cls(config, images, model, prompts, judge)
+        return cls(config, images, model, prompts, judge, notes)
+
+    def say_what_was_skipped(self) -> None:
+        """At the end, where it does not scroll away."""
+        for note in self.notes:
+            log.warning("%s", note)
 
 
 def _job(config: Config, progress: Progress) -> _Job:
     progress.phase("loading images")
     splits = load_splits(config.data)
-    for note in splits.notes:
-        log.warning("%s", note)
     labelled = splits.train.subset(splits.train.select_shots(config.data.shots, config.seed))
-    return _Job.of(config, labelled, splits.unlabelled, progress)
+    return _Job.of(config, labelled, splits.unlabelled, progress, splits.notes)
 
 
 def _write(job: _Job, progress: Progress) -> LatentBank:
-    return write_bank(job.config, job.model, job.images, job.prompts, job.judge, progress)
+    bank = write_bank(job.config, job.model, job.images, job.prompts, job.judge, progress)
+    job.say_what_was_skipped()
+    return bank

@@ -35,7 +35,7 @@ def draw_delivered(config: Config, out: Path, count: int, view: "DemoView") -> i
     """A PNG of `count` images as the stream would deliver them; returns how many."""
     # A batch has one depth: small batches show several.
     size = min(config.stream.batch_size, math.ceil(count / _BATCHES))
-    stream = config.stream.model_copy(update={"batch_size": size, "starved": "wait"})
+    stream = config.stream.model_copy(update={"batch_size": size, "starved": "wait", "manifest": None})
     prepared = prepare(config.model_copy(update={"stream": stream}), progress=view)
     view.phase("making images", total=count)
     with Stream.from_prepared(prepared) as images:

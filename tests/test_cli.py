@@ -19,7 +19,7 @@ from streamaug.config import parse
 from streamaug.errors import ProducerError
 
 run = CliRunner().invoke
-VERBS = [["demo"], ["train"], ["invert"], ["preview"], ["doctor"], ["config", "show"], ["config", "list"]]
+VERBS = [["demo"], ["train"], ["invert"], ["preview"], ["replay"], ["doctor"], ["config", "show"], ["config", "list"]]
 CONSOLE = [sys.executable, "-c", "from streamaug.cli import main; main()"]
 
 

@@ -126,7 +126,7 @@ def test_a_model_of_another_size_names_the_setting(small_overrides, model_copy):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["recipes=[{kind: prompt}]"], "recipes.0: 'prompt' needs"),
+        (["recipes=[{kind: prompt}]"], "recipes.0: kind 'prompt' needs"),
         (["recipes.0.guidance=[2, 3]"], "recipes.0.guidance"),
         (["recipes.0.classifier_guidance=[1, 2]", "judge.enabled=false"], "needs the judge"),
         (["model.null_class=3"], "model.null_class is 3"),

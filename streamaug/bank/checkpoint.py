@@ -1,6 +1,6 @@
 """The progress of a group that takes long to compute, kept so that an interruption costs little of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,11 @@ class Checkpoint:
     def __init__(self, file: Path | None):
         """Use `BankWriter.checkpoint`. file: where the tensors are kept, in a folder that exists."""
         self._file = file
+        self.on_share: Callable[[float], None] = lambda share: None
+
+    def reached(self, share: float) -> None:
+        """Tell whoever set `on_share` how much of the group is done, in [0, 1]."""
+        self.on_share(share)
 
     def load(self) -> dict[str, torch.Tensor] | None:
         """The tensors saved last, on the CPU; None when there are none, or they are damaged."""

@@ -1,6 +1,7 @@
 """Banks made from banks: without some of their rows, or several put together; nothing is computed again."""
 
 import hashlib
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ from streamaug.bank.plan import hash_of, rows_fingerprint
 from streamaug.bank.reader import Groups, LatentBank
 from streamaug.errors import BankError, MismatchError, UsageError, nearest
 
+_log = logging.getLogger("streamaug")
+
+SCORE = "score"  # the part that `bank.score` adds
 _CONDITION = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*(\S+)\s*")
 _COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -105,13 +109,18 @@ def drop(
 def merge(paths: Sequence[Path], out: Path) -> Merged:
     """Write one bank of the rows of several; of rows with the same source hash and class the first is kept.
 
-    Classes are matched by name and numbered as in the first bank. Groups stay those that the rows were computed in.
+    Classes are matched by name and numbered as in the first bank. Scores by different judges are left out, and the log
+    says so. Groups stay those that the rows were computed in.
     Raises MismatchError, naming both values, for banks of different models, methods, settings, dtypes, image shapes
     or classes; BankError when one cannot be opened or `out` cannot be written.
     """
     if len(paths) < 2:
         raise UsageError("merge needs two banks or more")
     banks = [LatentBank.open(path) for path in paths]
+    if any(bank.parts.get(SCORE) != banks[0].parts.get(SCORE) for bank in banks):
+        _log.warning("the rows were scored by different judges, or not all: the merged bank has no scores")
+        for bank in banks:
+            bank.index = bank.index | {"parts": [part for part in bank.index["parts"] if part["name"] != SCORE]}
     for bank in banks[1:]:
         _refuse_unlike(banks[0], bank)
     refuse_occupied(out)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from streamaug.errors import BankError
+from streamaug.errors import BankError, BankWriteError
 
 FORMAT = "streamaug-bank"
 VERSION = 2
@@ -46,7 +46,7 @@ def write_atomically(file: Path, data: bytes, work: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise BankError(
+        raise BankWriteError(
             f"{file}: cannot be written: {error.strerror} ({len(data) / 1e3:.0f} kB needed); what was "
             "finished is intact: make room and start again to go on from there"
         ) from None

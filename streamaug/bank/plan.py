@@ -18,19 +18,24 @@ _PART_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _RESERVED = ("rows",)  # a part's files are named by it
 
 
+_SHARD_BYTES = 2**28
+
+
 @dataclass(frozen=True)
 class Part:
     """What one method stores of every row.
 
     name: of the method, "encode", "ddim" or "embedding", in small letters; meta: plain values, all that its tensors
     depend on besides images and labels (settings, model digest, prompts digest); group_rows: rows computed together;
-    dtype: how its floating-point tensors of more than one axis are stored.
+    dtype: how its floating-point tensors of more than one axis are stored; row_bytes: about what a row takes, where
+    that is known, which keeps shards to 256 MB.
     """
 
     name: str
     meta: Mapping[str, Any]
     group_rows: int = 64
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    row_bytes: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -158,7 +163,8 @@ class Layout:
     @property
     def shard_groups(self) -> int:
         """Groups in a full shard."""
-        return max(self._plan.shard_rows // self._part.group_rows, 1)
+        rows = min(self._plan.shard_rows, _SHARD_BYTES // max(self._part.row_bytes, 1))
+        return max(rows // self._part.group_rows, 1)
 
     @cached_property
     def fingerprints(self) -> list[str]:

@@ -84,7 +84,9 @@ def _attached(accelerator: Accelerator, loader: StreamLoader, prepared: Any) -> 
     if loaders is None:
         loaders = []
         setattr(accelerator, _ENABLED, loaders)
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: _each(files.save_state, loaders, folder))
+        accelerator.register_save_state_pre_hook(
+            lambda models, weights, folder: _each(files.save_state, loaders, folder)
+        )
         accelerator.register_load_state_pre_hook(lambda models, folder: _each(files.load_state, loaders, folder))
     if loader not in loaders:
         loaders.append(loader)

@@ -106,13 +106,17 @@ class StreamCallback(pl.Callback):
 
     # State and end.
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Lightning saves the loaders' states of rank 0 for all."""
         if trainer.world_size > 1 and self.loaders:
             loop = checkpoint["loops"]["fit_loop"]["state_dict"]
             loop["combined_loader"] = [gather_state(state) for state in loop["combined_loader"]]
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

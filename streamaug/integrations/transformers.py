@@ -89,7 +89,9 @@ def add_stream(trainer: AnyTrainer, stream: "Stream", **options: Any) -> AnyTrai
     trainer = add_stream(trainer, stream, ratio=0.5)
     """
     if not isinstance(trainer, Trainer):
-        raise UsageError(f"add_stream(trainer, stream): the first argument is a Trainer, got a {type(trainer).__name__}")
+        raise UsageError(
+            f"add_stream(trainer, stream): the first argument is a Trainer, got a {type(trainer).__name__}"
+        )
     if not isinstance(trainer, StreamTrainerMixin):
         kind = type(trainer)
         trainer.__class__ = type(kind.__name__, (StreamTrainerMixin, kind), {"__module__": kind.__module__})

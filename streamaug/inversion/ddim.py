@@ -32,7 +32,7 @@ from streamaug.bank import Checkpoint, Part
 from streamaug.config import Config
 from streamaug.engine import resolve_device, solver_settings
 from streamaug.errors import ConfigError, ModelError
-from streamaug.inversion.encode import Codec, relative_error
+from streamaug.inversion.encode import Codec, relative_error, row_bytes
 from streamaug.kernels.step import Column
 from streamaug.orders import ORDER_DTYPE, OrderBatch, Schedule
 from streamaug.sampling import denoisers
@@ -221,7 +221,7 @@ class Ddim:
         }
         _, height, width = info.latent_shape
         rows = max(1, min(_GROUP_ROWS, _LATENT_CELLS // (height * width)))
-        self.part = Part("ddim", meta, rows, config.bank.dtype)
+        self.part = Part("ddim", meta, rows, config.bank.dtype, row_bytes(info, config.bank))
 
     @property
     def evaluations(self) -> int:

@@ -279,6 +279,8 @@ def fit(group: Group, start: Rows, settings: EmbeddingConfig, checkpoint: Checkp
         state.loss += losses.detach().sum().double()
         state.step += 1
         visits, within = divmod(state.step, group.batches)
+        if within == 0:
+            checkpoint.reached(visits / settings.visits)
         if settings.patience and within == 0 and visits % every == 0:
             state.look(visits, losses=every * group.size)
             if visits - state.best_visit >= settings.patience:

@@ -1,5 +1,6 @@
 """The encode method: a row is the image itself, or its latent under the model's autoencoder; orders noise it."""
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +21,8 @@ class Encode:
     """Tensors: "latent" [n, c, h, w], and "encode.error" [n], of the image that the stored latent decodes to."""
 
     def __init__(self, info: ModelInfo, config: BankConfig, codec: "Codec"):
-        self.part = Part(
-            "encode", {"model": info.digest, "latent_shape": list(info.latent_shape)}, GROUP_ROWS, config.dtype
-        )
+        meta = {"model": info.digest, "latent_shape": list(info.latent_shape)}
+        self.part = Part("encode", meta, GROUP_ROWS, config.dtype, row_bytes(info, config))
         self._codec = codec
 
     def compute(
@@ -31,6 +31,11 @@ class Encode:
         latent = self._codec.encode(images).to(self.part.torch_dtype)
         back = self._codec.decode(latent.float())
         return {"latent": latent, "encode.error": relative_error(back, pixels_to_latent(images))}
+
+
+def row_bytes(info: ModelInfo, config: BankConfig) -> int:
+    """What a latent takes in the bank."""
+    return math.prod(info.latent_shape) * getattr(torch, config.dtype).itemsize
 
 
 class Codec:

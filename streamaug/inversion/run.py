@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,11 @@ def invert(
             done = writer.done_rows(name)
             report(name, done, plan.num_rows)
             for group in writer.pending(name):
-                writer.put(name, group, _compute(method, images, group, writer.checkpoint(name, group)))
-                done += len(group.rows)
+                size, before = len(group.rows), done
+                checkpoint = writer.checkpoint(name, group)
+                checkpoint.on_share = lambda share: report(name, before + int(share * size), plan.num_rows)  # noqa: B023
+                writer.put(name, group, _compute(method, images, group, checkpoint))
+                done += size
                 report(name, done, plan.num_rows)
         return writer.finish()
 
@@ -108,7 +112,13 @@ class Estimate:
             f"{_size(method.bytes)} on disk"
             for method in self.methods
         ]
-        return "\n".join([*lines, f"in all: {_duration(self.seconds)} to go, {_size(self.bytes)} at {self.path}"])
+        free = shutil.disk_usage(
+            next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+        ).free
+        short = f": only {_size(free)} are free there" if free < self.bytes else ""
+        return "\n".join(
+            [*lines, f"in all: {_duration(self.seconds)} to go, {_size(self.bytes)} at {self.path}{short}"]
+        )
 
 
 def estimate(

@@ -15,11 +15,12 @@ from streamaug.loader.transforms import Appearance
 class Agreement:
     """Compares the first items of both sides: a sample (image [C, H, W], ...) or a batch (images [n, C, H, W], ...).
 
-    `images`: how many of each side are seen before the range is judged. `fix` ends the message of the MismatchError.
+    `fix` ends the message of the MismatchError. `range_images`: how many images of each side are seen before the
+    range of their values is judged; 0 leaves it alone.
     """
 
-    def __init__(self, images: int, fix: str):
-        self._needed, self._fix = images, fix
+    def __init__(self, fix: str, range_images: int = 0):
+        self._needed, self._fix = range_images, fix
         self._kinds: list[dict[Any, str]] = [{}, {}]  # by side: real, synthetic
         self._seen = [0, 0]
         self._ranges = [(0.0, 0.0), (0.0, 0.0)]
@@ -32,7 +33,7 @@ class Agreement:
             if all(self._kinds) and self._kinds[0] != self._kinds[1]:
                 self._refuse(*map(_listed, self._kinds))
         images = next((value for value in fields.values() if _is_image(value)), None)
-        if images is None:
+        if images is None or not self._needed:
             return all(self._kinds)
         seen, (low, high) = Appearance.of(images), self._ranges[synthetic]
         self._ranges[synthetic] = min(low, seen.low), max(high, seen.high)

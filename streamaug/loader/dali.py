@@ -175,15 +175,15 @@ class DALIStreamLoader(StreamLoader):
             classes=classes,
         )
 
-    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
-        for batch in super().__iter__():
-            yield [self._images.delivered(batch)]
-
     def close(self) -> None:
         """End the iteration and both pipelines. The stream stays open."""
         super().close()
         self._images.close()
         self._augmented.close()
+
+    def _iterate(self, first: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+        for batch in super()._iterate(first):
+            yield [self._images.delivered(batch)]
 
     def _make_converter(self, real: torch.Tensor | None, transform: Any, from_dataset: bool) -> Any:
         assert real is not None
@@ -201,7 +201,7 @@ class _AsAugmented:
     def __call__(self, images: Any, key: tuple[int, ...]) -> torch.Tensor:
         if self._real is not None:
             agreement = Agreement(
-                1, "let the pipeline bring both to one size, dtype and range (fn.resize, fn.crop_mirror_normalize)"
+                "let the pipeline bring both to one size and dtype: fn.resize, fn.crop_mirror_normalize"
             )
             agreement.observe([self._real], synthetic=False)
             agreement.observe([images], synthetic=True)
@@ -252,7 +252,9 @@ class _RealImages:
         }
         if last_batch not in policies:
             raise UsageError(f"last_batch={last_batch!r}: accepted are {', '.join(map(repr, policies))}")
-        self._built, self._column, self._begun = built, False, False
+        self._built = built
+        self._column = False  # whether labels leave the pipeline as [n, 1]
+        self._begun = False
         self._iteration = {
             "reader_name": reader_name,
             "last_batch_policy": policies[last_batch],
@@ -303,11 +305,11 @@ class _RealImages:
         return batch | {name: batch[name][:, None]} if self._column else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tensors": {"checkpoint": self._built.checkpoint()}}
+        return {"column": self._column, "tensors": {"checkpoint": self._built.checkpoint()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._build(state["tensors"]["checkpoint"])
-        self._begun = False
+        self._column, self._begun = state["column"], False
 
     def close(self) -> None:
         self._built.iterator = None
@@ -393,4 +395,6 @@ def _require_usable(stream: "Stream") -> None:
     if not hasattr(stream, "take"):
         raise UsageError(f"a Stream is needed, got a {type(stream).__name__}")
     if stream.config.starved == "real":
-        raise UsageError("a DALI source delivers whole batches (stream.starved: real does not); set it to wait or reuse")
+        raise UsageError(
+            "a DALI source delivers whole batches (stream.starved: real does not); set it to wait or reuse"
+        )

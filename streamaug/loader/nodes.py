@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from streamaug.stream.stream import Stream
 
 Ratio = float | Callable[[int], float]
-_CHECKED_IMAGES = 16  # of each side of a Mix, before their range is judged
 _FIX = (
     "StreamNode(stream, like=<a real image>) makes images of the real dtype and range and checks the size; a Mapper on "
     "either side changes the rest; Mix(..., check=False) leaves it as it is"
@@ -189,7 +188,7 @@ class Mix(BaseNode[Any]):
         self.real_node = real_node
         self.stream_node = stream_node
         self.ratio = ratio
-        self._agreement = Agreement(_CHECKED_IMAGES, _FIX) if check else None
+        self._agreement = Agreement(_FIX, range_images=16) if check else None
         self._step = 0
         self._stream_begun = self._stream_failed = False
         # Synthetic items owed are owed/whole in [-1/2, 1/2), the ratio is part/whole.

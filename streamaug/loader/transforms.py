@@ -185,6 +185,8 @@ class Converter:
         assert self.transform is not None
         with SeededDraws(seed):
             out = self.transform(_FORMS[form](image))
+        if isinstance(out, np.ndarray):  # timm's, before its prefetcher
+            out = torch.from_numpy(out)
         if not isinstance(out, torch.Tensor):
             raise DataError(f"the transform returned a {type(out).__name__}; a tensor is needed")
         return out.as_subclass(torch.Tensor)

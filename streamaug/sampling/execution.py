@@ -116,7 +116,8 @@ def _compile(config: Config, device: torch.device, model_digest: str, evaluation
 
 def _kept_at(config: Config, device: torch.device, model_digest: str) -> Path:
     """Where the measured decision is kept: by all that it was made from."""
-    sections = config.digest("model", "recipes", "stream", "loader", "train")
+    stream = config.stream.model_copy(update={"manifest": None})  # where the run is recorded decides nothing
+    sections = config.model_copy(update={"stream": stream}).digest("model", "recipes", "stream", "loader", "train")
     made_from = json.dumps([model_digest, sections, torch.__version__, str(device)])
     return config.cache / f"execution-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.json"
 

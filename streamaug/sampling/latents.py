@@ -22,7 +22,7 @@ def start_latents(rows: Rows, order: OrderBatch, shape: tuple[int, ...], *, seed
 
 
 def row_conditioning(rows: Rows, order: OrderBatch, *, seed: int, kernels: str) -> dict[str, torch.Tensor]:
-    """The bank's inverted embeddings mixed by `cond_w`, by name, and "null.NAME" for each: [B, ...] fp32.
+    """The bank's inverted embeddings mixed by `cond_w`, by name, and with guidance "null.NAME": [B, ...] fp32.
 
     The null is the mean of the group that row_a was inverted in, Diffusion Inversion's unconditional vector (Zhou et
     al. 2023). Empty unless the orders are conditioned on bank rows (template -1). Raises BankError for orders without
@@ -36,7 +36,8 @@ def row_conditioning(rows: Rows, order: OrderBatch, *, seed: int, kernels: str) 
         tensor, row_a, row_b = rows.gather(name, images["row_a"], images["row_b"])
         weights = images["cond_w"].astype(np.float32)
         found[name] = _mix(tensor, row_a, row_b, weights, order, stream, seed, kernels)
-        found[f"null.{name}"] = rows.bank.group_mean(name, images["row_a"]).to(rows.device)
+        if (images["guidance"] != 1.0).any():
+            found[f"null.{name}"] = rows.bank.group_mean(name, images["row_a"]).to(rows.device)
     return found
 
 

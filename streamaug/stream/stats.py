@@ -100,7 +100,9 @@ class Recorder:
         self._fill = np.zeros(2)  # sums over calls of take: shares of the orders in flight not yet made, and made
         self.batches = 0
         self._seconds: deque[float] = deque(maxlen=self.RECENT)
-        self._timeline = np.zeros((self.TIMELINE, 4), np.int64)  # (began, ended, k, accepted), number n at n % TIMELINE
+        self._timeline = np.full(
+            (self.TIMELINE, 4), -1, np.int64
+        )  # (began, ended, k, accepted), number n at n % TIMELINE
         self._waits: deque[float] = deque(maxlen=self.WAITS)
         self._first_wait = 0.0
         self._stall = 0.0
@@ -205,7 +207,7 @@ class Recorder:
                 lines.append(f"  {name}: {self._accepted[at]} of {self._asked[at]} accepted ({why or 'no rejection'})")
         return "\n".join(lines)
 
-    def stats(self, ring_fill: float, restarts: int) -> StreamStats:
+    def stats(self, ring_fill: float, restarts: int, *, timeline: bool = True) -> StreamStats:
         delivered = int(self._delivered.sum())
         fresh = delivered - self._reused
         made = int(self._asked.sum())
@@ -246,7 +248,9 @@ class Recorder:
             stages=stages,
             busy_share=min(busy / (wall * self._producers), 1.0) if wall else 0.0,
             limit=self._limit(stages, wall, busy),
-            timeline=[((b - start) / 1e9, (e - start) / 1e9, k, n) for b, e, k, n in self._latest()],
+            timeline=[((b - start) / 1e9, (e - start) / 1e9, k, n) for b, e, k, n in self._latest()]
+            if timeline
+            else [],
         )
 
     def _latest(self) -> list[list[int]]:

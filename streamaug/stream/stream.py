@@ -236,7 +236,7 @@ class Stream:
             receipt()
         self._recorder.took(self._waited, *fill)
         if self._recorder.report_due():
-            log.info("%s", self.stats().line())
+            log.info("%s", self._stats(timeline=False).line())
 
     def _fill(self, out: SynthBatch) -> None:
         while self._filled < len(out):
@@ -568,8 +568,11 @@ class Stream:
         return None if self.rate is None or ratio <= 0 else self.rate / ratio
 
     def stats(self) -> StreamStats:
+        return self._stats(timeline=True)
+
+    def _stats(self, *, timeline: bool) -> StreamStats:
         _, ring_fill = self._fill_of_queues()
-        return self._recorder.stats(ring_fill, self._fleet.restarts)
+        return self._recorder.stats(ring_fill, self._fleet.restarts, timeline=timeline)
 
     def _fill_of_queues(self) -> tuple[float, float]:
         """Shares of the orders in flight: not yet made, and made but not yet taken."""

@@ -171,10 +171,12 @@ def test_the_old_bank_stays_whole_until_the_new_one_is_finished(expected, copy):
     assert torch.equal(old.tensor("latent"), expected[2].tensor("latent"))  # an open bank outlives its files' names
 
 
-def test_only_a_complete_bank_of_the_same_plan_is_current(expected, copy):
+def test_only_a_complete_bank_of_all_that_is_asked_for_is_current(expected, copy):
     plan = expected[0]
     assert open_if_current(copy, plan).digest == expected[2].digest
-    for other in (make_plan({3: "new"}), make_plan(parts=[ENCODE]), make_plan(class_names=["a", "b", "c"])):
+    assert open_if_current(copy, make_plan(parts=[ENCODE])).digest == expected[2].digest
+    more = make_plan(parts=[*plan.parts, Part("other", {})])
+    for other in (make_plan({3: "new"}), more, make_plan(class_names=["a", "b", "c"])):
         assert open_if_current(copy, other) is None
     assert open_if_current(copy / "nowhere", plan) is None
     next(copy.glob("encode-00002-*")).unlink()
@@ -304,7 +306,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(expected, copy):
                 print(len(computed), type(error).__name__, error)
     """)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout.startswith("2 BankError") and "cannot be written: File too large" in result.stdout
+    assert result.stdout.startswith("2 BankWriteError") and "cannot be written: File too large" in result.stdout
     assert "start again to go on from there" in result.stdout
     assert {name: data for name, data in contents(copy).items() if name in before} == before
     assert LatentBank.open(copy).digest == expected[2].digest and verify(copy).problems == []
@@ -340,3 +342,9 @@ def test_a_folder_that_cannot_be_made_or_written_is_named(expected, tmp_path, mo
     monkeypatch.setattr(Path, "mkdir", read_only)
     with pytest.raises(BankError, match=r"bank: cannot be written: Read-only file system"):
         BankWriter(tmp_path / "bank", expected[0])
+
+
+def test_shards_of_wide_rows_have_fewer_of_them():
+    wide = make_plan(parts=[replace(ENCODE, row_bytes=2**27)], shard_rows=100)
+    narrow = make_plan(parts=[ENCODE], shard_rows=100)
+    assert len(wide.layout("encode").shards) == len(wide.groups("encode")) > len(narrow.layout("encode").shards)

@@ -178,11 +178,11 @@ def lightning_run(
         def train_dataloader(self):
             real = DataLoader(Images(COUNT), batch_size=BATCH, shuffle=shuffle)
             loader = sa.StreamLoader(real, stream, ratio=0.5, with_ids=True)
-            other = DataLoader(Images(10), batch_size=4)
+            other = DataLoader(Images(10), batch_size=4, generator=torch.Generator())
             return CombinedLoader({"mixed": loader, "other": other}, "max_size_cycle") if combined else loader
 
         def val_dataloader(self):
-            return DataLoader(Images(10), batch_size=5)
+            return DataLoader(Images(10), batch_size=5, generator=torch.Generator())  # leaves the global one alone
 
     torch.manual_seed(1)
     several = stream.world_size > 1
@@ -255,7 +255,6 @@ def trainer_run(
     arguments = TrainingArguments(
         str(folder / "trainer"),
         num_train_epochs=EPOCHS,
-        max_steps=-1,
         per_device_train_batch_size=BATCH,
         save_strategy="steps" if every or stop else "no",
         save_steps=every or stop or 500,

@@ -147,3 +147,16 @@ def test_orders_on_bank_rows_get_those_and_their_mean_as_the_null():
     rows = {"tokens": noise((2, 3, 4)), "null.tokens": noise((3, 4), seed=1)}
     found = prompt_conditioning(OrderBatch(0, 0, 0, 0, images), rows, None, guided=True)["tokens"]
     torch.testing.assert_close(found, torch.cat([rows["null.tokens"].expand(2, -1, -1), rows["tokens"]]))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_orders_of_mixed_labels_get_both_prompts_mixed(model, tmp_path, guided):
+    table = PromptTable.load(encode_prompts(model, CLASSES, TEMPLATES, tmp_path), CPU, torch.float32)
+    images = np.zeros(2, ORDER_DTYPE)
+    images["label"], images["label_b"], images["label_mix"], images["template"] = [0, 2], [1, 2], [0.25, 0.0], 1
+    found = prompt_conditioning(OrderBatch(0, 0, 0, 0, images), {}, table, guided)["tokens"]
+    of = table.embeddings["tokens"][:, 1]
+    expected = torch.stack([0.75 * of[0] + 0.25 * of[1], of[2]])
+    torch.testing.assert_close(
+        found, torch.cat([table.null["tokens"].expand_as(expected), expected]) if guided else expected
+    )

@@ -1,9 +1,7 @@
 """Small streams without a model, and what tests ask of them."""
 
-import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from streamaug.stream.rehearsal import (
     CLASSES,
@@ -16,8 +14,19 @@ from streamaug.stream.rehearsal import (
     pixels_of,
 )
 from streamaug.stream.stream import Stream
+from streamaug.stream.torture import running
 
-__all__ = ["CLASSES", "IMAGE_SHAPE", "ROWS", "digest_of", "images_of", "make_planner", "make_stream", "pixels_of"]
+__all__ = [
+    "CLASSES",
+    "IMAGE_SHAPE",
+    "ROWS",
+    "digest_of",
+    "images_of",
+    "make_planner",
+    "make_stream",
+    "pixels_of",
+    "running",
+]
 
 
 def listed(stream: Stream, takes: list[int]) -> list[tuple]:
@@ -38,9 +47,3 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
         assert time.monotonic() - began < seconds, f"still not so after {seconds} s"
         time.sleep(0.005)
     return time.monotonic() - began
-
-
-def running(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False

@@ -1,4 +1,4 @@
-"""The interface for producers on other machines, with a double that shares no memory: orders down a pipe, batches up."""
+"""The interface for producers on other machines, through a double: orders go down a pipe, batches up."""
 
 import os
 import signal

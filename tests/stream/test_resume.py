@@ -58,6 +58,60 @@ def test_resumed_at_every_step_the_run_goes_on_the_same(uninterrupted, kind, pro
         assert resumed(states[position], kind, position, backend="local", producers=producers) == images[position:]
 
 
+def masks_of(stream) -> dict[int, bytes]:
+    """What became of each order, by batch: filled in as batches arrive in the trainer."""
+    masks, arrived = {}, stream._recorder.arrived
+
+    def note(order, slot):
+        if not slot.abandoned:
+            masks[order.k] = slot.reasons.tobytes()
+        return arrived(order, slot)
+
+    stream._recorder.arrived = note
+    return masks
+
+
+@pytest.mark.parametrize("kind", [PLAIN, FEEDBACK, LIVE_JUDGE])
+def test_resumed_it_rejects_the_same_images_for_the_same_reasons(uninterrupted, kind):
+    _, states = uninterrupted[kind]
+    with make_stream(backend="local", **options_of(kind)) as stream:
+        expected = masks_of(stream)
+        for number in range(STEPS):
+            step(stream, kind, number)
+    assert any(any(mask) for mask in expected.values())
+    for position in (3, 11, 17):
+        with make_stream(producers=2, **options_of(kind)) as stream:
+            masks = masks_of(stream)
+            stream.load_state_dict(states[position])
+            for number in range(position, STEPS):
+                step(stream, kind, number)
+        first = states[position]["undelivered"][0][0] if states[position]["undelivered"] else states[position]["next_k"]
+        assert masks == {k: mask for k, mask in expected.items() if k >= first}
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("producers", [1, 2, 3])
+@pytest.mark.parametrize("kind", [PLAIN, FEEDBACK, LIVE_JUDGE])
+def test_resumed_at_every_step_with_processes_the_run_goes_on_the_same(uninterrupted, kind, producers):
+    images, states = uninterrupted[kind]
+    for position in range(STEPS):
+        assert resumed(states[position], kind, position, producers=producers) == images[position:], position
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", [PLAIN, FEEDBACK, LIVE_JUDGE])
+def test_broken_off_after_every_step_and_resumed_by_other_processes_it_is_the_same_run(uninterrupted, kind):
+    images, states = uninterrupted[kind]
+    state = states[0]
+    for number in range(STEPS):
+        with make_stream(producers=1 + number % 3, **options_of(kind)) as stream:
+            stream.load_state_dict(state)
+            assert step(stream, kind, number) == images[number], number
+            state = copy.deepcopy(stream.state_dict())
+
+
 @pytest.mark.parametrize(("saved_with", "producers"), [(1, 2), (2, 3), (3, 1)])
 @pytest.mark.parametrize("kind", [PLAIN, LIVE_JUDGE])
 def test_with_processes_and_another_number_of_them_it_goes_on_the_same(uninterrupted, kind, saved_with, producers):

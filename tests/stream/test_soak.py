@@ -143,7 +143,7 @@ def test_eight_hours_of_batches_at_an_accelerated_rate_leave_everything_as_it_wa
         "wrong_batches": int(wrong),
         "batches_per_second": round(batches / seconds),
         "seconds": round(seconds, 1),
-        "state_numbers": len(json.dumps({name: value for name, value in state.items() if name != "tensors"})),
+        "state_json_bytes": len(json.dumps({name: value for name, value in state.items() if name != "tensors"})),
         "judges_in_state": len(state["tensors"]),
         **watched.growth(),
     }

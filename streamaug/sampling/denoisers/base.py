@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -175,6 +175,26 @@ def conditional_half(conditioning: Conditioning) -> Conditioning:
 def by_rows(order: OrderBatch) -> bool:
     """Whether the batch's images are conditioned on bank rows: a batch is of one recipe, so all are or none."""
     return bool((order.images["template"] < 0).all())
+
+
+def mixed(order: OrderBatch) -> bool:
+    """Whether some of the batch's images have mixed labels."""
+    return bool((order.images["label_mix"] > 0).any())
+
+
+def mixed_rows(order: OrderBatch, rows_of: Callable[[np.ndarray], Rows]) -> dict[str, torch.Tensor]:
+    """What images of mixed labels are told: the rows of both classes, mixed as the labels are; a null as it is.
+
+    rows_of: labels int64 [B] to rows [B, ...], and "null." + name [...].
+    """
+    images = order.images
+    first, second = (rows_of(images[name]) for name in ("label", "label_b"))
+    told = dict(first)
+    for name in first:
+        if not name.startswith(NULL):
+            share = torch.from_numpy(images["label_mix"].copy()).to(first[name])
+            told[name] = torch.lerp(first[name], second[name], share.view(-1, *(1,) * (first[name].dim() - 1)))
+    return told
 
 
 def row_halves(rows: Rows, names: Sequence[str], guided: bool) -> Conditioning:

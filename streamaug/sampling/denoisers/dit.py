@@ -11,6 +11,7 @@ from streamaug.errors import ModelError
 from streamaug.orders import OrderBatch
 from streamaug.sampling.denoisers.autoencoder import Autoencoder, encoder, factor_of, load_autoencoder
 from streamaug.sampling.denoisers.base import (
+    NULL,
     Conditioning,
     Denoiser,
     LoadSettings,
@@ -19,6 +20,8 @@ from streamaug.sampling.denoisers.base import (
     by_rows,
     digest_of,
     load_network,
+    mixed,
+    mixed_rows,
     read_json,
     row_halves,
     square,
@@ -108,6 +111,11 @@ class DiT(Denoiser):
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
         if by_rows(order):
             return self._told_vectors(row_halves(rows, ("class_embedding",), guided)["class_embedding"])
+        if mixed(order):
+            told = mixed_rows(order, self.class_rows)
+            null = [each.class_embedder.table[self.null_class] for each in self._embedders]
+            told[f"{NULL}class_embedding"] = torch.stack(null)
+            return self._told_vectors(row_halves(told, ("class_embedding",), guided)["class_embedding"])
         labels = self._labels(order.images["label"])
         if guided:
             labels = torch.cat([torch.full_like(labels, self.null_class), labels])

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from streamaug.sampling.denoisers.base import (
     Denoiser,
     Rows,
     by_rows,
+    mixed,
+    mixed_rows,
     read_json,
     row_halves,
     weight_files,
@@ -77,7 +80,8 @@ def prompt_conditioning(
     if not by_rows(order):
         if table is None:
             raise ModelError("the recipe is conditioned on prompts, but none were encoded")
-        source = table.lookup(order.images["label"], order.images["template"])
+        look = partial(table.lookup, templates=order.images["template"])
+        source = mixed_rows(order, look) if mixed(order) else look(order.images["label"])
     return row_halves(source, names or [name for name in source if not name.startswith(NULL)], guided)
 
 

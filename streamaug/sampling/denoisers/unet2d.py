@@ -12,6 +12,7 @@ from torch import nn
 from streamaug.errors import ModelError
 from streamaug.orders import OrderBatch
 from streamaug.sampling.denoisers.base import (
+    NULL,
     Conditioning,
     Denoiser,
     LoadSettings,
@@ -20,6 +21,8 @@ from streamaug.sampling.denoisers.base import (
     by_rows,
     digest_of,
     load_network,
+    mixed,
+    mixed_rows,
     read_json,
     row_halves,
     square,
@@ -111,12 +114,16 @@ class UNet2D(Denoiser):
             return {}
         if by_rows(order):
             return self._told_vectors(row_halves(rows, ("class_embedding",), guided)["class_embedding"])
+        null_class = self.settings.null_class
+        if guided and null_class is None:
+            raise ModelError("classifier-free guidance needs the class that means 'no class': set model.null_class")
+        if mixed(order):
+            told = mixed_rows(order, self.class_rows)
+            told[f"{NULL}class_embedding"] = self.network.class_embedding.table.weight[null_class or 0]
+            return self._told_vectors(row_halves(told, ("class_embedding",), guided)["class_embedding"])
         labels = torch.from_numpy(np.ascontiguousarray(order.images["label"])).to(self.device)
         if guided:
-            null_class = self.settings.null_class
-            if null_class is None:
-                raise ModelError("classifier-free guidance needs the class that means 'no class': set model.null_class")
-            labels = torch.cat([torch.full_like(labels, null_class), labels])
+            labels = torch.cat([torch.full_like(labels, null_class or 0), labels])
         return {"class_labels": labels}
 
     def _told_vectors(self, vectors: torch.Tensor) -> Conditioning:

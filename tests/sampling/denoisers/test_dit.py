@@ -219,3 +219,15 @@ def test_classes_that_the_model_does_not_all_name_are_numbers_and_that_is_said(f
 def test_labels_without_names_are_numbers(folder, tmp_path, id2label):
     info = named(folder, tmp_path, id2label)
     assert info.label_names == () and denoisers.with_class_ids(info, ["a"]).class_ids is None
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_mixed_labels_are_told_as_both_classes_mixed(guided, folder):
+    denoiser = loaded(denoisers.inspect(folder), null_class=4)
+    order = orders(3, classes=1)
+    images = order.images
+    images["label"], images["label_b"], images["label_mix"] = [0, 1, 2], [1, 1, 0], [0.25, 0.0, 1.0]
+    told = denoiser.condition(order, {}, guided)["class_embedding"]
+    of = denoiser.class_rows(np.arange(5))["class_embedding"]
+    expected = torch.stack([0.75 * of[0] + 0.25 * of[1], of[1], of[0]])
+    torch.testing.assert_close(told, torch.cat([of[[4, 4, 4]], expected]) if guided else expected)

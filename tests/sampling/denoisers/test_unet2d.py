@@ -213,3 +213,15 @@ def test_image_files_become_images(of_classes, tmp_path):
         images_from_files(tmp_path / "unset", of_classes, image_size=8, guidance=(1.0, 3.0))
     with pytest.raises(MismatchError, match=r"class 1 of .* means 'no class' and is one of the data's 2 classes"):
         images_from_files(tmp_path / "taken", of_classes, image_size=8, guidance=(1.0, 3.0), null_class=1)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_mixed_labels_are_told_as_both_classes_mixed(guided, of_classes):
+    denoiser = loaded(denoisers.inspect(of_classes), null_class=4)
+    order = orders(3, classes=1)
+    images = order.images
+    images["label"], images["label_b"], images["label_mix"] = [0, 1, 2], [1, 1, 0], [0.25, 0.0, 1.0]
+    told = denoiser.condition(order, {}, guided)["class_embedding"]
+    of = denoiser.class_rows(np.arange(5))["class_embedding"]
+    expected = torch.stack([0.75 * of[0] + 0.25 * of[1], of[1], of[0]])
+    torch.testing.assert_close(told, torch.cat([of[[4, 4, 4]], expected]) if guided else expected)

@@ -1,0 +1,311 @@
+import builtins
+import copy
+import functools
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stream import fakes as streams
+
+from streamaug.errors import MismatchError, MissingExtra, StateError, UsageError
+from streamaug.loader import DALIStreamLoader, stream_source
+from streamaug.loader import dali as dali_loader
+
+from .conformance import assert_resumes_exactly, plain
+from .fakes import FakeStream
+
+dali = pytest.importorskip("nvidia.dali")
+from nvidia.dali import fn, pipeline_def, types  # noqa: E402
+
+SHAPE = (3, 8, 8)
+CLASSES = ["ant", "bee"]
+COUNT, BATCH = 22, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """22 real images in two classes; all pixels of image i are i, so real pixels are below 50, synthetic from 50."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(COUNT):
+        path = root / CLASSES[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(path)
+    return root
+
+
+@pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, exec_dynamic=False, seed=3)
+def training(folder, source=None, shuffle=True, noise=0.4, size=8, dtype=types.FLOAT, pad=True):
+    """Real images through the file reader and the decoder, synthetic ones through the same operators after them."""
+    if source is None:
+        encoded, labels = fn.readers.file(
+            file_root=str(folder), random_shuffle=shuffle, pad_last_batch=pad, name="reader"
+        )
+        images = fn.resize(fn.decoders.image(encoded, device="cpu"), size=[size, size])
+    else:
+        images, labels = fn.external_source(source=source, num_outputs=2)
+    images = fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), dtype=types.FLOAT)
+    if noise:
+        images = images + fn.random.uniform(range=[0, noise])
+    return fn.cast(images, dtype=dtype), labels
+
+
+def colours(ids):
+    return [identity % 200 + 50 for identity in ids]
+
+
+def stream(**options):
+    return FakeStream(SHAPE, CLASSES, **options)
+
+
+def loader(folder, synthetic=None, ratio=0.5, noise=0.0, **options):
+    built = functools.partial(training, folder, noise=noise)
+    return DALIStreamLoader(built, synthetic or stream(), ratio, **({"with_ids": True} | options))
+
+
+def threads():
+    return {path.name for path in Path("/proc/self/task").iterdir()}
+
+
+# As a source of the user's own pipeline.
+
+
+def test_a_classic_pipeline_gets_each_image_once_with_its_label_through_its_own_operators(folder):
+    synthetic = stream()
+    pipe = training(folder, stream_source(synthetic, BATCH), noise=0.0)
+    pipe.build()
+    for step in range(5):
+        images, labels = pipe.run()
+        ids = range(step * BATCH, step * BATCH + BATCH)
+        assert images.as_tensor().shape() == [BATCH, 3, 8, 8]
+        assert np.asarray(images.as_tensor())[:, 0, 4, 4].tolist() == colours(ids)
+        assert np.asarray(labels.as_tensor()).tolist() == [[identity % 2] for identity in ids]
+    assert synthetic.next_id > 5 * BATCH, "the pipeline reads ahead"
+
+
+def test_the_source_gives_contiguous_batches_with_labels_beside(folder):
+    images, labels, ids = stream_source(stream(), 5, with_ids=True)()
+    assert images.layout() == "HWC" and images.is_dense_tensor() and len(images) == 5
+    assert np.asarray(images.as_tensor()).shape == (5, 8, 8, 3)
+    assert np.asarray(labels.as_tensor()).dtype == np.int32
+    assert np.asarray(ids.as_tensor())[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert np.asarray(stream_source(stream(), layout="CHW")()[0].as_tensor()).shape == (16, *SHAPE)
+    soft = stream_source(stream(mixed=True), 2, soft_labels=True)()[1]
+    assert np.asarray(soft.as_tensor()).tolist() == [[0.75, 0.25], [0.25, 0.75]]
+    swapped = stream_source(stream(), 2, classes=CLASSES[::-1])()[1]
+    assert np.asarray(swapped.as_tensor()).tolist() == [[1], [0]]
+
+
+def test_the_dynamic_mode_gets_the_same_images(folder):
+    import nvidia.dali.experimental.dynamic as ndd
+
+    source = ndd.ExternalSource(stream_source(stream(), BATCH), num_outputs=2)
+    reader = ndd.readers.File(file_root=str(folder))
+    seen = []
+    for encoded, real_labels in reader.next_epoch(batch_size=BATCH):
+        real = ndd.decoders.image(encoded, device="cpu")
+        images, labels = source()
+        both = [ndd.crop_mirror_normalize(side, dtype=ndd.float32).torch() for side in (real, images)]
+        assert both[0].shape[1:] == both[1].shape[1:] == SHAPE
+        assert real_labels.torch().dtype == labels.torch().dtype
+        seen += both[1][:, 0, 4, 4].tolist()
+    assert seen == colours(range(24))
+
+
+def test_an_error_of_the_stream_comes_out_of_the_pipeline(folder):
+    with streams.make_stream(backend="process", engine_options={"raise_at": 1}) as real:
+        source = stream_source(real, 8, layout="CHW")
+        source()
+        with pytest.raises(Exception, match="the weights are rotten"):
+            source()
+
+
+# The loader.
+
+
+@pytest.mark.parametrize(("mode", "per_epoch"), [("replace", 11), ("append", 22)])
+def test_synthetic_images_arrive_in_their_share_with_labels_and_ids(folder, mode, per_epoch):
+    mixed = loader(folder, mode=mode)
+    ids, real = [], []
+    for _ in range(2):
+        for [batch] in mixed:
+            assert set(batch) == {"data", "label", "synthetic_ids"} and batch["label"].shape == (len(batch["data"]), 1)
+            made = batch["synthetic_ids"] >= 0
+            arrived = batch["synthetic_ids"][made].tolist()
+            assert batch["data"][made][:, 0, 4, 4].tolist() == colours(arrived)
+            assert batch["label"][made][:, 0].tolist() == [identity % 2 for identity in arrived]
+            pixels = batch["data"][~made][:, 0, 4, 4].tolist()
+            assert [value % 2 for value in pixels] == batch["label"][~made][:, 0].tolist()
+            ids, real = ids + arrived, real + pixels
+    assert sorted(ids) == list(range(2 * per_epoch))
+    assert mixed.stats().synthetic == 2 * per_epoch and mixed.stats().realised_ratio == 0.5
+    if mode == "append":
+        assert sorted(real) == sorted(list(range(COUNT)) * 2)
+    mixed.close()
+
+
+@pytest.mark.parametrize(("last_batch", "length", "images"), [("partial", 6, 22), ("drop", 5, 20), ("fill", 6, 24)])
+def test_the_length_is_the_readers_epoch(folder, last_batch, length, images):
+    mixed = loader(folder, last_batch=last_batch)
+    for _ in range(2):
+        batches = [batch for [batch] in mixed]
+        assert len(batches) == len(mixed) == length
+        assert sum(len(batch["data"]) for batch in batches) == images
+
+
+def test_deferred_real_images_are_each_delivered_once_an_epoch(folder):
+    mixed = loader(folder, displaced="defer")
+    for _ in range(2):
+        length, batches = len(mixed), [batch for [batch] in mixed]
+        assert len(batches) == length == 11
+        real = torch.cat([batch["data"][batch["synthetic_ids"] < 0] for batch in batches])
+        assert sorted(real[:, 0, 4, 4].tolist()) == list(range(COUNT))
+
+
+def test_at_ratio_zero_the_batches_are_dalis_own_and_the_stream_is_not_touched(folder):
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+
+    synthetic = stream()
+    mixed = [plain(batch) for batch in loader(folder, synthetic, 0, noise=0.4, with_ids=False)]
+    alone = DALIGenericIterator(
+        training(folder), ["data", "label"], reader_name="reader", last_batch_policy=LastBatchPolicy.PARTIAL
+    )
+    assert mixed == [plain(batch) for batch in alone] and synthetic.calls == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "append", "ratio": 0.3}, {"displaced": "defer"}])
+def test_readers_random_operators_and_the_stream_resume_exactly(folder, options):
+    assert_resumes_exactly(lambda: loader(folder, noise=0.4, **options))
+
+
+def test_the_state_survives_a_file(folder, tmp_path):
+    first = loader(folder, noise=0.4)
+    batches = iter(first)
+    next(batches)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = loader(folder, noise=0.4)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert plain(next(iter(second))) == plain(next(batches))
+
+
+def test_an_epoch_left_by_break_is_followed_by_a_whole_one(folder, caplog):
+    mixed = loader(folder, ratio=0.25)
+    next(iter(mixed))
+    assert sum(len(batch["data"]) for [batch] in mixed) == COUNT
+    assert "the rest of it is read" in caplog.text
+
+
+def test_a_reader_that_loses_images_is_warned_of(folder, caplog):
+    DALIStreamLoader(functools.partial(training, folder, pad=False), stream())
+    assert "pad_last_batch=True" in caplog.text
+
+
+def test_pipelines_that_give_both_sides_another_form_are_refused(folder):
+    for change, words in (({"size": 16}, r"float32 \[n, 3, 16, 16\](.|\n)*float32 \[n, 3, 8, 8\]"),):
+        mixed = DALIStreamLoader(functools.partial(training, folder, **change), stream(), 0.5)
+        with pytest.raises(MismatchError, match=words):
+            list(mixed)
+
+
+def test_classes_in_another_order_are_mapped_by_name(folder):
+    mixed = loader(folder, classes=CLASSES[::-1])
+    [batch] = next(iter(mixed))
+    made = batch["synthetic_ids"] >= 0
+    assert batch["label"][made][:, 0].tolist() == [
+        1 - identity % 2 for identity in batch["synthetic_ids"][made].tolist()
+    ]
+
+
+def test_bad_arguments_are_refused_in_plain_words(folder):
+    with pytest.raises(UsageError, match="builds a pipeline"):
+        DALIStreamLoader(training(folder), stream())
+    with pytest.raises(UsageError, match="last_batch='half': accepted are 'partial', 'drop', 'fill'"):
+        loader(folder, last_batch="half")
+    with pytest.raises(UsageError, match="layout='NHWC'"):
+        stream_source(stream(), layout="NHWC")
+    with pytest.raises(UsageError, match="starved: real"):
+        loader(folder, stream(starved="real"))
+    with pytest.raises(UsageError, match="a Stream is needed, got a list"):
+        loader(folder, [1])
+    with pytest.raises(StateError, match="checkpointing=False"):
+        loader(folder, checkpointing=False).state_dict()
+
+
+def test_without_dali_the_message_has_the_line_that_installs_it(monkeypatch):
+    imported = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("nvidia"):
+            raise ImportError(name)
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtra, match=r'pip install "streamaug\[dali\]"'):
+        dali_loader.stream_source(stream())
+
+
+def test_over_a_producer_process_images_arrive_resume_exactly_and_nothing_stays_behind(folder):
+    gc.collect()
+    before, python_threads = threads(), set(threading.enumerate())
+    options = {"engine_options": {"image_shape": list(streams.IMAGE_SHAPE)}}
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, exec_dynamic=False, seed=3)
+    def grey(source=None):
+        if source is None:
+            encoded, labels = fn.readers.file(
+                file_root=str(folder), random_shuffle=True, pad_last_batch=True, name="reader"
+            )
+            images = fn.decoders.image(encoded, device="cpu", output_type=types.GRAY)
+        else:
+            images, labels = fn.external_source(source=source, num_outputs=2)
+        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=[0.0], std=[1.0]), labels
+
+    def run(batches, state=None):
+        with streams.make_stream(backend="process", **options) as real:
+            mixed = DALIStreamLoader(grey, real, 0.5, with_ids=True, classes=["0", "1", "2", "3"])
+            if state is not None:
+                mixed.load_state_dict(state)
+            epochs = (batch for _ in range(2) for batch in mixed)
+            read = [plain(next(epochs)) for _ in range(batches)]
+            state = copy.deepcopy(mixed.state_dict())
+            epochs.close()
+            mixed.close()
+            pids = real.producer_pids
+        streams.until(lambda: not any(streams.running(pid) for pid in pids))
+        return read, state
+
+    whole, _ = run(12)
+    ids = [identity for [batch] in whole for identity in batch["synthetic_ids"] if identity >= 0]
+    assert len(ids) == 22 == len(set(ids))
+    pixels = {
+        np.array(image, np.uint8).tobytes()
+        for [batch] in whole
+        for image, identity in zip(batch["data"], batch["synthetic_ids"], strict=True)
+        if identity >= 0
+    }
+    assert pixels == {made for *_, made in streams.undisturbed([22])}
+    head, state = run(5)
+    tail, _ = run(7, state)
+    assert head + tail == whole
+    gc.collect()
+    streams.until(lambda: threads() <= before, 5)
+    assert set(threading.enumerate()) <= python_threads
+
+
+def test_a_held_unstopped_loader_lets_the_interpreter_exit(folder):
+    body = (
+        "import sys\n"
+        "from loader.test_dali import loader, stream\n"
+        "batches = iter(loader(sys.argv[1], stream()))\n"
+        "print(next(batches)[0]['data'].shape, flush=True)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    script = [sys.executable, "-c", body, str(folder)]
+    ended = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=60)
+    assert ended.returncode == 0 and ended.stdout.startswith("torch.Size([4, 3, 8, 8])"), ended.stderr
