@@ -130,6 +130,9 @@ class DALIStreamLoader(StreamLoader):
     What is saved is exact for what DALI saves: readers (their shuffling and place) and random operators. Loading a
     state builds both pipelines anew. The synthetic images that were augmented and not delivered yet are part of the
     state. An epoch left by `break` is read to its end before the next one begins, as DALI cannot go back.
+
+    Synthetic images enter a pipeline on the CPU; one that works on a GPU moves them there (`images.gpu()`). Tested on
+    CPU pipelines only.
     """
 
     def __init__(

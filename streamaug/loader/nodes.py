@@ -170,6 +170,9 @@ class Mix(BaseNode[Any]):
 
     `stream_node` may be a StreamNode or a graph behind one; where it ends it is begun again. `reset(None)` begins an
     epoch of the real node and lets the stream's node go on. Raises MismatchError where both sides differ.
+
+    A torchdata Loader (0.11) that was restored at the end of an epoch reports that end as its state through the whole
+    next epoch; with restart_on_stop_iteration=False it does not.
     """
 
     REAL_KEY = "real"

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from diffusers import DDIMScheduler
 from sampling.denoisers.tiny import unet2d
 
-# Reads bank folders from its standard input. For each it starts a process that inverts into it, and says which. After
+# Reads methods and bank folders from its standard input. For each it starts a process that inverts into it, and says which. After
 # another line it waits for it: until then the number is no other process's, and may be killed.
 INVERTER = textwrap.dedent(
     """
@@ -34,14 +35,20 @@ INVERTER = textwrap.dedent(
     model, images = Path(sys.argv[1]), np.load(sys.argv[2])
     config = Config.model_validate({
         "model": {"path": str(model), "device": "cpu", "steps": 6},
-        "bank": {"methods": ["encode", "ddim"], "ddim": {"iterations": 2}, "shard_rows": 128},
+        "bank": {
+            "ddim": {"iterations": 2},
+            "embedding": {"visits": 4, "checkpoint_every": 2},
+            "shard_rows": 128,
+        },
     })
     real = ImageSet.from_arrays(images, np.arange(len(images)) % 2, ["cat", "dog"])
     info = inspect(model)
-    while path := sys.stdin.readline():
+    while line := sys.stdin.readline():
+        names, path = line.split(" ", 1)
         child = os.fork()
         if child == 0:
-            methods = methods_for(config, info, None)
+            bank = config.bank.model_copy(update={"methods": names.split(",")})
+            methods = methods_for(config.model_copy(update={"bank": bank}), info, None)
             invert(real, path.strip(), methods, model_digest=info.digest, shard_rows=config.bank.shard_rows)
             os._exit(0)
         print(child, flush=True)
@@ -49,25 +56,26 @@ INVERTER = textwrap.dedent(
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 )
-ROWS = 300  # 5 groups in 3 shards
+ROWS = 300  # of encode and ddim 5 groups in 3 shards, of embedding 3 groups
 
 
 @pytest.fixture(scope="module")
-def invert(tmp_path_factory) -> Iterator[Callable[[Path, float | None], float]]:
+def invert(tmp_path_factory) -> Iterator[Callable[..., float]]:
     """A function that inverts into a folder in a process of its own, killed after so many seconds, if any are given.
 
     Returns the seconds until the process ended. One interpreter imports everything, each process is a fork of it.
     """
     folder = tmp_path_factory.mktemp("inverter")
-    unet2d.build(folder / "model", scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    unet2d.build(folder / "model", scheduler=scheduler, num_class_embeds=3)
     np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (ROWS, 3, 8, 8), dtype=np.uint8))
     command = [sys.executable, "-c", INVERTER, str(folder / "model"), str(folder / "images.npy")]
     inverter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert inverter.stdin is not None and inverter.stdout is not None
     stdin, stdout = inverter.stdin, inverter.stdout
 
-    def run(path: Path, kill_after: float | None = None) -> float:
-        print(path, file=stdin, flush=True)
+    def run(path: Path, kill_after: float | None = None, methods: str = "encode,ddim") -> float:
+        print(methods, path, file=stdin, flush=True)
         child = int(stdout.readline())
         began = time.monotonic()
         if kill_after is not None:
@@ -88,11 +96,19 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.matrix)])
-def test_an_inversion_killed_at_random_moments_ends_in_the_same_bank(tmp_path, invert, kills):
+@pytest.mark.parametrize(
+    ("kills", "methods"),
+    [
+        (3, "encode,ddim"),
+        pytest.param(20, "encode,ddim", marks=pytest.mark.matrix),
+        pytest.param(20, "encode,ddim,embedding", marks=[pytest.mark.matrix, pytest.mark.timeout(900)]),
+    ],
+)
+def test_an_inversion_killed_at_random_moments_ends_in_the_same_bank(tmp_path, invert, kills, methods):
+    invert = partial(invert, methods=methods)
     seconds = invert(tmp_path / "undisturbed", None)
     expected = contents(tmp_path / "undisturbed")
-    assert {name.split("-")[0] for name in expected} == {".bank", "index.json", "rows", "encode", "ddim"}
+    assert {name.split("-")[0] for name in expected} == {".bank", "index.json", "rows", *methods.split(",")}
     unfinished = 0
     for kill in range(kills):
         path = tmp_path / f"killed-{kill}"

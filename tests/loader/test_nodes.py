@@ -196,7 +196,7 @@ def test_arguments_that_cannot_be_used_are_refused_at_once():
         StreamNode(FakeStream(), epoch_steps=0)
     with pytest.raises(UsageError, match="is a Stream, got a list"):
         StreamNode([])
-    with pytest.raises(UsageError, match="real_node is a .*BaseNode, got a list; IterableWrapper"):
+    with pytest.raises(UsageError, match=r"real_node is a .*BaseNode, got a list; IterableWrapper"):
         Mix([], synthetic_node())
     with pytest.raises(UsageError, match=r"in \[0, 1\), got 1.5"):
         Mix(real_node(), synthetic_node(), 1.5)
@@ -286,9 +286,8 @@ def test_a_failing_real_node_ends_the_graph_with_its_error():
     streams.until(lambda: not any(streams.running(pid) for pid in pids))
 
 
-def test_a_failing_producer_ends_the_graph_with_its_error_and_the_next_epoch_tries_again(tmp_path):
-    options = {"raise_at": 1, "once": str(tmp_path / "raised")}
-    with streams.make_stream(backend="process", engine_options=options) as stream:
+def test_a_failing_producer_ends_the_graph_with_its_error():
+    with streams.make_stream(backend="process", engine_options={"raise_at": 1}) as stream:
         loader = Loader(Mix(real_node(), Prefetcher(StreamNode(stream, with_ids=True), 2), 0.5))
         with pytest.raises(StreamaugError, match="the weights are rotten"):
             list(loader)
@@ -330,6 +329,6 @@ def test_a_held_unstopped_graph_lets_the_interpreter_exit(backend, seconds):
     script = [sys.executable, "-c", HELD.format(backend=backend, seconds=seconds)]
     ended = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=60)
     assert ended.returncode == 0 and not ended.stderr, ended.stderr
-    assert ended.stdout.startswith("[-1, ") or ended.stdout.startswith("[")
+    assert any(int(identity) >= 0 for identity in ended.stdout[1:].partition("]")[0].split(","))
     pids = [int(pid) for pid in ended.stdout.partition("]")[2].split()]
     streams.until(lambda: not any(streams.running(pid) for pid in pids), 3)
