@@ -16,8 +16,8 @@ import pytest
 from diffusers import DDIMScheduler
 from sampling.denoisers.tiny import unet2d
 
-# Reads methods and bank folders from its standard input. For each it starts a process that inverts into it, and says which. After
-# another line it waits for it: until then the number is no other process's, and may be killed.
+# Reads methods and bank folders from its standard input. For each it starts a process that inverts into it, and says
+# which. After another line it waits for it: until then the number is no other process's, and may be killed.
 INVERTER = textwrap.dedent(
     """
     import os, sys
