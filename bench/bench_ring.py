@@ -170,7 +170,12 @@ def test_overlap_efficiency(benchmark):
     unconnected, connected = [], []
     code = ALONE.format(path=sys.path, module=__name__, units=units, steps=steps)
     other = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        start_new_session=True,  # as producers are: Linux shares a core among sessions
     )
     assert other.stdin is not None and other.stdout is not None
 

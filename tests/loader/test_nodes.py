@@ -19,6 +19,7 @@ from torchdata.nodes import (
     Mapper,
     MapStyleWrapper,
     ParallelMapper,
+    PinMemory,
     Prefetcher,
 )
 
@@ -259,6 +260,15 @@ def test_images_of_a_producer_process_arrive_each_once_and_resume_exactly():
     for stream in opened:
         stream.close()
     streams.until(lambda: not any(streams.running(pid) for pid in pids))
+
+
+@pytest.mark.gpu
+def test_pinned_batches_resume_exactly():
+    def make():
+        return exact_loader(PinMemory(Prefetcher(batched(mixed()), 3)))
+
+    assert next(iter(make()))[0].is_pinned()
+    assert_resumes_exactly(make)
 
 
 @pytest.mark.matrix
