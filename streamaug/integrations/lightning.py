@@ -46,7 +46,7 @@ class StreamCallback(pl.Callback):
 
     # Before Lightning looks at the loaders.
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         source, strategy = trainer.fit_loop._data_source, trainer.strategy
@@ -71,7 +71,7 @@ class StreamCallback(pl.Callback):
 
     # While it trains.
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         """Lightning itself restores loaders in mid-epoch only; the stream goes on after an epoch as well."""
         states, self._states = self._states, []
         epoch_is_over = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches
@@ -83,7 +83,7 @@ class StreamCallback(pl.Callback):
                     loader.end_resumed_epoch()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(outputs, dict) and self.losses_key in outputs:
             self._feed_back(outputs[self.losses_key], batch)
@@ -106,24 +106,20 @@ class StreamCallback(pl.Callback):
 
     # State and end.
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning saves the loaders' states of rank 0 for all."""
         if trainer.world_size > 1 and self.loaders:
             loop = checkpoint["loops"]["fit_loop"]["state_dict"]
             loop["combined_loader"] = [gather_state(state) for state in loop["combined_loader"]]
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._close()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -150,7 +146,7 @@ def _sequential(real: torch.utils.data.DataLoader) -> Any:
     return combined.flattened[0]
 
 
-def _for_this_rank(trainer: pl.Trainer, real: torch.utils.data.DataLoader) -> Any:
+def _for_this_rank(trainer: Any, real: torch.utils.data.DataLoader) -> Any:
     return trainer._data_connector._prepare_dataloader(real, shuffle=True, mode=RunningStage.TRAINING)
 
 

@@ -3,7 +3,7 @@
 import accelerate
 import pytest
 import torch
-from loader.fakes import FakeStream, Images, real_loader
+from loader.fakes import FakeStream, Images, real_indices, real_loader
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,9 +22,7 @@ def prepared(loader, **options):
 def test_prepare_shards_and_places_the_real_loader_and_leaves_the_stream_loader_in_place():
     accelerator = accelerate.Accelerator(cpu=True)
     loader = StreamLoader(real_loader(), FakeStream(), ratio=0.5)
-    out, optimizer, model = accelerator.prepare(
-        loader, torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1), nn.Linear(1, 1)
-    )
+    out, optimizer = accelerator.prepare(loader, torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1))
     assert out is loader and isinstance(optimizer, accelerate.optimizer.AcceleratedOptimizer)
     assert isinstance(loader.real_loader, accelerate.data_loader.DataLoaderShard)
     assert loader.real_loader.device == accelerator.device and len(loader) == 5
@@ -69,17 +67,11 @@ def test_skipping_batches_keeps_the_stream_whatever_the_function_was_imported_as
         rest = skip(loader, 2)
         assert len(rest) == 3
         batches = list(rest)
-        assert [round(v * 1000) for v in batches[0][0][batches[0][2] < 0][:, 0, 0, 1].tolist()] != []
-        assert all(16 <= i for b in batches for i in _real(b))
+        assert all(index >= 16 for batch in batches for index in real_indices(batch))
         assert sum(int((ids >= 0).sum()) for _, _, ids in batches) == 12
     assert stream.next_id == 24
     assert len(list(loader)) == 5
     assert len(list(skip_first_batches(real_loader(), 2))) == 3
-
-
-def _real(batch):
-    images, _, ids = batch
-    return (images[ids < 0][:, 0, 0, 1] * 1000).round().int().tolist()
 
 
 def test_defer_is_refused_with_the_reason():

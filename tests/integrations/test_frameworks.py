@@ -46,9 +46,9 @@ def test_half_of_what_arrives_is_synthetic_and_a_resumed_run_delivers_what_the_u
 def with_two_ranks(folder: Path, *names: str) -> list[dict]:
     """Runs them under torchrun; the reports of both ranks."""
     folder.mkdir(exist_ok=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")]
-        + [TESTS / "integrations" / "runs.py", folder, *names],
+        [*launcher, TESTS / "integrations" / "runs.py", folder, *names],
         capture_output=True,
         text=True,
         timeout=170,
