@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from streamaug.errors import StateError, UsageError
+from streamaug.stream.redeal import redeal
 
 logger = logging.getLogger("streamaug")
 
@@ -56,10 +57,35 @@ def gather_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def own_state(state: Mapping[str, Any], rank: int, world_size: int) -> Mapping[str, Any]:
-    """This rank's part of what `gather_state` gave; any other state as it is."""
+    """This rank's part of what `gather_state` gave, dealt out anew where the number of ranks is another one now.
+
+    Any other state as it is. Raises StateError where the real loader's position cannot be shared out.
+    """
     if RANKS_KEY not in state:
         return state
-    saved = len(state[RANKS_KEY])
-    if saved != world_size:
-        raise StateError(f"the state was saved by {saved} ranks and is loaded by {world_size}; start {saved}")
-    return state[RANKS_KEY][rank]
+    states = state[RANKS_KEY]
+    return states[rank] if len(states) == world_size else _redealt(states, rank, world_size)
+
+
+def _redealt(states: list[Any], rank: int, world_size: int) -> dict[str, Any]:
+    first, saved = states[0], len(states)
+    real, streams = first["real"], [one["stream"] for one in states]
+    if real is None or "tensors" not in real or first["waiting"] is not None or None in streams:
+        raise StateError(
+            f"the state was saved by {saved} ranks and is loaded by {world_size}: that needs a plain DataLoader, "
+            f'displaced="drop", and a batch delivered by every rank; start {saved} ranks'
+        )
+    if any((one["epoch"], one["batch"]) != (first["epoch"], first["batch"]) for one in states):
+        raise StateError("the ranks' states were saved at different batches, and cannot be shared out anew")
+    done = first["batch"] * saved  # a DistributedSampler deals the permutation out in turn: its beginning was read
+    batch = -(-done // world_size)
+    if batch * world_size != done:
+        logger.warning("%d batches of real images are passed over in this epoch", batch * world_size - done)
+    return {
+        **first,
+        "batch": batch,
+        "step": first["epoch_step"] + batch,
+        "counts": {name: value * saved // world_size for name, value in first["counts"].items()},
+        "real": {**real, "pulled": batch, "finished": real["finished"] and batch > 0},
+        "stream": redeal(streams, world_size)[rank],
+    }

@@ -505,8 +505,9 @@ class StreamLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state: the next epoch iterated is the rest of the one it was saved in.
 
-        Of a state with every rank's part (`integrations.gather_state`) this rank's is taken. Raises StateError for
-        a state of another kind of loader, or of another number of ranks.
+        Of a state with every rank's part (`integrations.gather_state`) this rank's is taken, or its share where the
+        number of ranks has changed (real images then need a DistributedSampler in both runs). Raises StateError for a
+        state of another kind of loader.
         """
         self._check_open()
         state = own_state(state, self.stream.rank, self.stream.world_size)

@@ -40,7 +40,7 @@ _JUDGE_HEAD = struct.Struct("<q")  # version
 _BATCH_HEAD = struct.Struct("<qqII")  # k, judge version, accepted images, `check_of` them
 _CHECKED_NBYTES = 65536  # of a batch's pixels, at least one image
 _IDENTITY = ("plan", "batch_size", "rank", "world_size", "judge_nbytes")
-_EVERYTHING = {"undelivered": [], "offset": 0, "skip": 0, "next_k": -(1 << 63)}
+_EVERYTHING = {"undelivered": [], "offset": 0, "next_k": -(1 << 63)}
 
 
 def versions(device: str) -> dict[str, str]:
@@ -283,9 +283,9 @@ class Manifest:
             )
         self.runs.append(run)
 
-    def _stand(self, undelivered: list[int], offset: int, skip: int, next_k: int) -> None:
+    def _stand(self, undelivered: list[int], offset: int, next_k: int) -> None:
         """Of what was recorded, only this was delivered: see `Position`."""
-        left = offset + skip
+        left = offset
         delivered = dict.fromkeys((k for k in self.batches if k >= next_k), 0)
         for k in undelivered:
             if k in self.batches:
@@ -375,7 +375,6 @@ def _as_json(position: Position) -> dict[str, Any]:
     return {
         "undelivered": [k for k, _, _ in position.undelivered],
         "offset": position.offset,
-        "skip": position.skip,
         "next_k": position.next_k,
     }
 

@@ -14,7 +14,7 @@ from streamaug.stream.steering import Steering
 
 log = logging.getLogger("streamaug")
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Identity:
 class Position:
     undelivered: list[tuple[int, int, int]]  # (k, plan version, judge version), in the order of delivery
     offset: int  # accepted images of the first one that were delivered
-    skip: int  # images after that which were delivered as well
     next_k: int
     empty_run: int  # batches without an accepted image up to here
     weights: dict[int, Weights]  # the versions that undelivered orders name, and the latest
@@ -53,7 +52,6 @@ class Position:
             **asdict(identity),
             "undelivered": [list(names) for names in self.undelivered],
             "offset": self.offset,
-            "skip": self.skip,
             "next_k": self.next_k,
             "empty_run": self.empty_run,
             "weights": {str(version): kept.classes.tolist() for version, kept in self.weights.items()},
@@ -76,7 +74,6 @@ class Position:
         return cls(
             undelivered=[(k, plan, judge) for k, plan, judge in state["undelivered"]],
             offset=state["offset"],
-            skip=state["skip"],
             next_k=state["next_k"],
             empty_run=state["empty_run"],
             weights=weights,

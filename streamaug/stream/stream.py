@@ -528,7 +528,6 @@ class Stream:
         return Position(
             undelivered=[batch.name for batch in batches],
             offset=batches[0].offset if batches else 0,
-            skip=0,
             next_k=self._next_k,
             empty_run=self._empty_run,
             weights=dict(self._weights),

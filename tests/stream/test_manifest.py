@@ -56,9 +56,9 @@ def order_of(k: int, size: int = 8, judge_version: int = 0) -> OrderBatch:
     return OrderBatch(k, 3, 1, judge_version, images)
 
 
-def position_at(undelivered: list[int], offset: int, next_k: int, skip: int = 0) -> Position:
+def position_at(undelivered: list[int], offset: int, next_k: int) -> Position:
     names = [(k, 0, 0) for k in undelivered]
-    return Position(names, offset, skip, next_k, 0, {}, 0, None, {}, 0, Steering(np.ones(2)))
+    return Position(names, offset, next_k, 0, {}, 0, None, {}, 0, Steering(np.ones(2)))
 
 
 def write(path: Path, ks: range, position: Position | None = None) -> None:

@@ -216,7 +216,7 @@ def test_a_state_of_another_run_is_refused_with_both_values(options, text):
 def test_a_state_of_another_format_is_refused():
     with (
         make_stream(backend="local") as stream,
-        pytest.raises(StateError, match="format 99, this version reads format 1"),
+        pytest.raises(StateError, match="format 99, this version reads format 2"),
     ):
         stream.load_state_dict(stream.state_dict() | {"format": 99})
 

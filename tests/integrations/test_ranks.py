@@ -1,0 +1,72 @@
+"""A run that is resumed with another number of ranks."""
+
+import pytest
+from loader.fakes import Images, real_indices
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from streamaug.errors import StateError
+from streamaug.loader import StreamLoader
+
+from .runs import make_stream
+
+EPOCH = 48
+
+
+def ranks_of(count):
+    """A loader for each rank, as torchrun's processes build them."""
+    loaders = []
+    for rank in range(count):
+        sampler = DistributedSampler(Images(EPOCH), num_replicas=count, rank=rank, seed=3)
+        real = DataLoader(Images(EPOCH), batch_size=4, sampler=sampler)
+        loaders.append(StreamLoader(real, make_stream(rank, count), ratio=0.5, mode="append", with_ids=True))
+    return loaders
+
+
+def delivered(loaders, batches=None):
+    """Of all ranks: ids of synthetic images, and indices of real ones."""
+    ids, real = [], []
+    for loader in loaders:
+        for number, batch in enumerate(loader, 1):
+            ids += [i for i in batch[2].tolist() if i >= 0]
+            real += real_indices(batch)
+            if number == batches:
+                break
+    return ids, real
+
+
+def closed(loaders):
+    states = [loader.state_dict() for loader in loaders]
+    for loader in loaders:
+        loader.stream.close()
+    return {"ranks": states}
+
+
+@pytest.mark.parametrize(("before", "after", "batches"), [(1, 2, 4), (2, 1, 3), (2, 3, 3), (3, 2, 2)])
+def test_what_was_not_delivered_is_dealt_out_to_the_new_ranks_and_nothing_comes_twice(before, after, batches):
+    first = ranks_of(before)
+    ids, real = delivered(first, batches)
+    state = closed(first)
+    second = ranks_of(after)
+    for loader in second:
+        loader.load_state_dict(state)
+    more_ids, more_real = delivered(second)
+    closed(second)
+    assert sorted(real + more_real) == list(range(EPOCH))
+    assert len(ids + more_ids) == len(set(ids + more_ids)) == EPOCH
+    lost = max(before - after, 0) * 5  # at most: the rest of a batch that had been begun, for each rank that is no more
+    assert len(set(range(max(ids + more_ids))) - set(ids + more_ids)) <= lost + after * 12
+    early = set(range(min(more_ids), EPOCH // 2)) - set(ids + more_ids)
+    assert len(early) <= lost
+
+
+def test_a_real_loader_with_a_state_of_its_own_is_not_shared_out_anew():
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader = StreamLoader(StatefulDataLoader(Images(8), batch_size=4), make_stream(), ratio=0.5)
+    next(iter(loader))
+    state = closed([loader])
+    other = ranks_of(2)
+    with pytest.raises(StateError, match="saved by 1 ranks and is loaded by 2"):
+        other[0].load_state_dict(state)
+    closed(other)
