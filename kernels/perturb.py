@@ -97,27 +97,28 @@ def _reference_bag(
     stream: int,
 ) -> torch.Tensor:
     """`perturb` of an fp32 bank [R, elements] as a bag of one or two weighted rows an image: [N, elements]."""
-    pair, weight = torch.stack([row_a, row_b], 1), weights[:, :2]
-    _check_rows(pair, len(bank))
-    if int(row_b.max()) < 0:
-        pair, weight = pair[:, :1], weight[:, :1]
-    missing = pair < 0
-    if missing.any():
+    (low_a, _), (low_b, high_b) = (_check_rows(each, len(bank)) for each in (row_a, row_b))
+    single = high_b < 0
+    rows = row_a[:, None] if single else torch.stack([row_a, row_b], 1)
+    weight = weights[:, : rows.shape[1]]
+    nothing = None
+    if low_a < 0 or (low_b < 0 and not single):
         # Where there is no row the other one stands in with weight 0, so that nothing else is read.
+        missing = rows < 0
+        nothing = missing.all(1)
         weight = torch.where(missing, 0.0, weight)
-        pair = torch.where(missing, pair.amax(1, keepdim=True), pair).clamp(min=0)
-    out = torch.nn.functional.embedding_bag(pair, bank, mode="sum", per_sample_weights=weight.contiguous())
-    if missing.any():
-        out[missing.all(1)] = 0.0
-    noise = _noise_term(ids, weights[:, 2].cpu().numpy(), out.shape[1:], seed, stream)
-    if noise is not None:
-        fill, scale = noise
+        rows = torch.where(missing, rows.amax(1, keepdim=True), rows).clamp(min=0)
+    bags = torch.arange(0, rows.numel(), rows.shape[1], device=bank.device)
+    # The function under `torch.nn.functional.embedding_bag`, whose checks take as long as a small bag.
+    out = torch.embedding_bag(bank, rows.reshape(-1), bags, False, 0, False, weight.flatten().contiguous())[0]
+    if nothing is not None:
+        out[nothing] = 0.0
+    if weights[:, 2].any():
         step = max(_CHUNK_ELEMENTS // out.shape[1], 1)
         for start in range(0, len(out), step):
             part = slice(start, start + step)
-            values = torch.empty_like(out[part])
-            fill(part, values)
-            out[part].add_(values.mul_(scale if isinstance(scale, float) else scale[part]))
+            noise = normal(ids[part], out.shape[1:], seed=seed, stream=stream, backend="torch")
+            out[part].addcmul_(noise, weights[part, 2:])
     return out
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from streamaug.errors import MissingExtra, UsageError
-from streamaug.loader.ranks import gather_state
+from streamaug.errors import MissingExtra, StateError, UsageError
+from streamaug.loader.ranks import RANKS_KEY, gather_state
 from streamaug.loader.stream_loader import StreamLoader
 
 try:
@@ -114,6 +114,12 @@ class StreamCallback(pl.Callback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        for state in self._states:
+            if len(state.get(RANKS_KEY, [state])) != trainer.world_size:
+                raise StateError(
+                    f"the checkpoint was saved by {len(state.get(RANKS_KEY, [state]))} ranks and is loaded by "
+                    f"{trainer.world_size}: Lightning counts batches by rank; start as many ranks as before"
+                )
 
     def teardown(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -35,10 +35,11 @@ def check_stream(stream: Any) -> None:
 
 def check_real(loader: Any) -> None:
     """Warn where every rank reads the whole real dataset."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if not in_group() or not isinstance(loader, DataLoader) or type(batch_sampler) is not BatchSampler:
+    if not in_group() or not isinstance(loader, DataLoader) or hasattr(loader, "use_stateful_dataloader"):
+        return  # the last: Accelerate has dealt with it
+    if type(loader.batch_sampler) is not BatchSampler:
         return
-    sampler = batch_sampler.sampler
+    sampler = loader.batch_sampler.sampler
     if type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement):
         logger.warning(
             "each of the %d ranks reads all real images: give the DataLoader a DistributedSampler, pass the "

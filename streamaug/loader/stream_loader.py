@@ -602,7 +602,7 @@ def _one_of(name: str, value: Any, accepted: tuple[str, ...]) -> Any:
 
 def _meet_accelerate() -> None:
     """Accelerate prepares DataLoaders only; where it is in use, it learns to prepare what a StreamLoader wraps."""
-    if "accelerate" in sys.modules:
+    if sys.modules.get("accelerate") is not None:
         from streamaug.integrations.accelerate import enable
 
         enable()

@@ -121,6 +121,8 @@ def accelerate_run(
     for epoch in range(first_epoch, EPOCHS):
         loader.set_epoch(epoch)
         batches: Any = loader
+        whole_epoch = not loader.state_dict()["batch"]
+        images_gathered = 0
         if skip and epoch == first_epoch:
             batches = accelerate.skip_first_batches(loader, loader.state_dict()["batch"])
         for images, labels, ids in batches:
@@ -129,13 +131,15 @@ def accelerate_run(
                 optimizer.step()
                 optimizer.zero_grad()
             delivered.append(written_down(images, ids))
+            images_gathered += len(accelerator.gather_for_metrics(labels))
             if gathered is not None:
-                gathered.append(len(accelerator.gather_for_metrics(labels)))
+                gathered.append(images_gathered)
             if synced is not None:
                 synced.append(accelerator.sync_gradients)
             if len(delivered) == stop:
                 accelerator.save_state(folder / "accelerate")
                 return delivered
+        assert images_gathered == COUNT or mode == "append" or not whole_epoch
     return delivered
 
 
@@ -206,7 +210,7 @@ def lightning_run(
     if resume:
         torch.rand(5)
         checkpoint = next((folder / "lightning").glob("*.ckpt")) if resume is True else folder / "lightning" / resume
-    trainer.fit(Module(), datamodule=Data(), ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(Module(), datamodule=Data(), ckpt_path=checkpoint)
     return delivered
 
 
@@ -322,10 +326,11 @@ def interrupted(name: str, folder: Path, rank: int = 0, world_size: int = 1, sto
 
 
 def main() -> None:
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    """Arguments: the folder, and frameworks with options in JSON: accelerate '{"stop": 2}' trainer '{}'"""
+    folder, cases = Path(sys.argv[1]), zip(sys.argv[2::2], map(json.loads, sys.argv[3::2]), strict=True)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group("gloo")
-    report = {name: interrupted(name, folder, rank, world_size) for name in names}
+    report = {name: interrupted(name, folder, rank, world_size, **options) for name, options in cases}
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 

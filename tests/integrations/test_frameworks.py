@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from loader.fakes import FakeStream, Images, real_loader
 from stream.fakes import running, until
+from torch.utils.data.distributed import DistributedSampler
+
+from streamaug.errors import UsageError
+from streamaug.loader import StreamLoader
 
 from .runs import BATCH, COUNT, EPOCHS, RUNS, Delivered, interrupted, make_stream
 
@@ -43,12 +48,12 @@ def test_half_of_what_arrives_is_synthetic_and_a_resumed_run_delivers_what_the_u
     until(lambda: not running(report["pids"][0]))
 
 
-def with_two_ranks(folder: Path, *names: str) -> list[dict]:
-    """Runs them under torchrun; the reports of both ranks."""
-    folder.mkdir(exist_ok=True)
+def with_two_ranks(folder: Path, cases: dict[str, dict]) -> list[dict]:
+    """Frameworks and their options, under torchrun; the reports of both ranks."""
+    arguments = [text for name, options in cases.items() for text in (name, json.dumps(options))]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, TESTS / "integrations" / "runs.py", folder, *names],
+        [*launcher, TESTS / "integrations" / "runs.py", folder, *arguments],
         capture_output=True,
         text=True,
         timeout=170,
@@ -61,7 +66,7 @@ def with_two_ranks(folder: Path, *names: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict]:
     """Of all frameworks at once: importing them is what takes the time."""
-    return with_two_ranks(tmp_path_factory.mktemp("ranks"), *FRAMEWORKS)
+    return with_two_ranks(tmp_path_factory.mktemp("ranks"), {name: {} for name in FRAMEWORKS})
 
 
 @pytest.mark.timeout(200)
@@ -118,14 +123,54 @@ def test_options_of_the_frameworks_leave_the_resumed_run_exact(name, options, tm
     assert report["parts"] == report["whole"]
 
 
-def test_a_rank_whose_stream_was_made_for_one_rank_is_refused():
-    from streamaug.errors import UsageError
-    from streamaug.loader import StreamLoader
+@pytest.mark.matrix
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        {name: {"stop": 2} for name in FRAMEWORKS},
+        {name: {"stop": 3} for name in FRAMEWORKS},
+        {
+            "torch": {"mode": "append", "num_workers": 2},
+            "accelerate": {"split_batches": True},
+            "lightning": {"limit_train_batches": 2, "stop": 3},
+            "trainer": {"gradient_accumulation_steps": 2, "stop": 1},
+        },
+        {
+            "torch": {"displaced": "defer"},
+            "accelerate": {"mode": "append", "use_seedable_sampler": True},
+            "lightning": {"combined": True},
+            "trainer": {"mixin": True, "dataloader_num_workers": 2},
+        },
+        {"accelerate": {"dispatch_batches": True}, "lightning": {"val_check_interval": 2}},
+    ],
+)
+def test_two_ranks_resume_with_the_options_of_the_frameworks(cases, tmp_path):
+    for report in with_two_ranks(tmp_path, cases):
+        for name in cases:
+            assert report[name]["parts"] == report[name]["whole"], name
+            assert not running(report[name]["pids"][0])
 
-    with make_stream() as stream, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "is_initialized", lambda: True)
-        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        patch.setattr(torch.distributed, "get_rank", lambda: 1)
-        loader = StreamLoader([(torch.rand(4, 1, 8, 8), torch.arange(4))], stream, ratio=0.5)
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+
+
+def test_a_rank_whose_stream_was_made_for_one_rank_is_refused(second_of_two):
+    with make_stream() as stream:
+        loader = StreamLoader(real_loader(), stream, ratio=0.5)
         with pytest.raises(UsageError, match="rank=1, world_size=2"):
             next(iter(loader))
+
+
+def test_it_is_said_when_every_rank_reads_all_real_images(second_of_two, caplog):
+    shared = DistributedSampler(Images(), num_replicas=2, rank=1)
+    for options, warned in (({"sampler": shared}, False), ({"shuffle": True}, True), ({}, True)):
+        caplog.clear()
+        stream = FakeStream(rank=1)
+        stream.world_size = 2
+        next(iter(StreamLoader(real_loader(**options), stream, ratio=0.5)))
+        assert ("DistributedSampler" in caplog.text) == warned, options

@@ -7,6 +7,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from streamaug.errors import StateError
 from streamaug.loader import StreamLoader
+from streamaug.stream.redeal import redeal
 
 from .runs import make_stream
 
@@ -54,10 +55,29 @@ def test_what_was_not_delivered_is_dealt_out_to_the_new_ranks_and_nothing_comes_
     closed(second)
     assert sorted(real + more_real) == list(range(EPOCH))
     assert len(ids + more_ids) == len(set(ids + more_ids)) == EPOCH
-    lost = max(before - after, 0) * 5  # at most: the rest of a batch that had been begun, for each rank that is no more
-    assert len(set(range(max(ids + more_ids))) - set(ids + more_ids)) <= lost + after * 12
-    early = set(range(min(more_ids), EPOCH // 2)) - set(ids + more_ids)
-    assert len(early) <= lost
+    lost = max(before - after, 0) * 5  # of the batches that ranks had begun which are no more, at most
+    assert len(set(range(EPOCH // 2)) - set(ids + more_ids)) <= lost
+
+
+def test_orders_that_a_slower_rank_had_not_planned_yet_are_dealt_out_as_well():
+    states = []
+    for rank, images in ((0, 40), (1, 7)):
+        with make_stream(rank, 2) as stream:
+            stream.take(images)
+            states.append(stream.state_dict())
+    dealt = redeal(states, 3)
+    planned = [k for state in dealt for k, _, _ in state["undelivered"]]
+    begun = {state["undelivered"][0][0] for state in states}
+    assert len(planned) == len(set(planned)) and begun <= set(planned)
+    end = max(state["next_k"] for state in states)
+    ended = {0, 2, 4, 6, 8, 10} | {1}  # 40 images are 6 batches of rank 0 and a part, 7 one of rank 1 and a part
+    assert set(planned) == set(range(end)) - ended
+    assert sorted(state["next_k"] for state in dealt) == [end, end + 1, end + 2]
+    for rank, state in enumerate(dealt):
+        assert state["next_k"] % 3 == rank
+        with make_stream(rank, 3) as stream:
+            stream.load_state_dict(state)
+            stream.take(20)
 
 
 def test_a_real_loader_with_a_state_of_its_own_is_not_shared_out_anew():
