@@ -2,7 +2,11 @@
 
 `prepare` rebuilds DataLoaders (for this rank's share, on its device) and passes everything else through untouched. With
 this module it prepares what the StreamLoader wraps, so that sharding, device placement, `split_batches`, gradient
-accumulation and `gather_for_metrics` are Accelerate's own.
+accumulation and `gather_for_metrics` are Accelerate's own. `save_state` writes the loader's state (one file a rank),
+`load_state` resumes it, and `skip_first_batches` then finds nothing left to skip.
+
+With `use_stateful_dataloader` also set `use_seedable_sampler`: without it Accelerate itself forgets the shuffled order.
+After several ranks, images that Accelerate repeats to fill the last batch stay in what is gathered under mode="append".
 """
 
 import sys

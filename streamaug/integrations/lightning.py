@@ -75,8 +75,7 @@ class StreamCallback(pl.Callback):
         """Lightning itself restores loaders in mid-epoch only; the stream goes on after an epoch as well."""
         states, self._states = self._states, []
         epoch_is_over = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches
-        stateful = [one for one in trainer.fit_loop._combined_loader.flattened if hasattr(one, "state_dict")]
-        for loader, state in zip(stateful, states, strict=False):
+        for loader, state in zip(_stateful(trainer), states, strict=False):
             if isinstance(loader, StreamLoader):
                 loader.load_state_dict(state)
                 if epoch_is_over:
@@ -110,15 +109,19 @@ class StreamCallback(pl.Callback):
         """Lightning saves the loaders' states of rank 0 for all."""
         if trainer.world_size > 1 and self.loaders:
             loop = checkpoint["loops"]["fit_loop"]["state_dict"]
-            loop["combined_loader"] = [gather_state(state) for state in loop["combined_loader"]]
+            loop["combined_loader"] = [
+                gather_state(state) if isinstance(loader, StreamLoader) else state
+                for loader, state in zip(_stateful(trainer), loop["combined_loader"], strict=True)
+            ]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         for state in self._states:
-            if len(state.get(RANKS_KEY, [state])) != trainer.world_size:
+            saved = len(state[RANKS_KEY]) if RANKS_KEY in state else trainer.world_size
+            if saved != trainer.world_size:
                 raise StateError(
-                    f"the checkpoint was saved by {len(state.get(RANKS_KEY, [state]))} ranks and is loaded by "
-                    f"{trainer.world_size}: Lightning counts batches by rank; start as many ranks as before"
+                    f"the checkpoint was saved by {saved} ranks and is loaded by {trainer.world_size}: Lightning "
+                    "counts batches by rank; start as many ranks as before"
                 )
 
     def teardown(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
@@ -137,6 +140,11 @@ class StreamCallback(pl.Callback):
 def _stream_loaders(loaders: Any) -> list[StreamLoader]:
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
     return [loader for loader in combined.flattened if isinstance(loader, StreamLoader)]
+
+
+def _stateful(trainer: Any) -> list[Any]:
+    """The training loaders whose states a checkpoint holds, in their order."""
+    return [loader for loader in trainer.fit_loop._combined_loader.flattened if hasattr(loader, "state_dict")]
 
 
 def _each_real(loaders: list[StreamLoader], change: Any) -> None:

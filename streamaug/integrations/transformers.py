@@ -51,11 +51,6 @@ class StreamTrainerMixin(Base):
         self._take_stream(stream, stream_options or {})
 
     def _take_stream(self, stream: "Stream | None", options: dict[str, Any]) -> None:
-        if getattr(self.args, "train_sampling_strategy", "random") != "random" and stream is not None:
-            raise UsageError(
-                f"train_sampling_strategy={self.args.train_sampling_strategy!r} sorts batches by the length of their "
-                'texts, which images do not have; use "random"'
-            )
         self.stream = stream
         self.stream_options = options
         enable()

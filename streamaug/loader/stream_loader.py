@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler
 
@@ -202,11 +203,15 @@ class StreamLoader:
         self._size = getattr(real_loader, "batch_size", None) or 0
 
     def labels_and_ids(self, batch: Any) -> tuple[Any, Any]:
-        """Of a delivered batch: integer labels [n], and ids [n] (None without `with_ids`), for `stream.feedback`."""
+        """Of a delivered batch, for `stream.feedback`: integer labels [n] as the stream numbers its classes, and
+        ids [n] (None without `with_ids`)."""
         fields = batches.fields_of(batch)
         labels = fields[self._find_layout(batch).label_key]
+        labels = labels.argmax(1) if labels.ndim == 2 else labels
+        if self._labels is not None and self._labels.mapping is not None:
+            labels = torch.from_numpy(np.argsort(self._labels.mapping))[labels.cpu()]
         ids = fields.get(batches.IDS_KEY, fields.get(len(fields) - 1)) if self.with_ids else None
-        return (labels.argmax(1) if labels.ndim == 2 else labels), ids
+        return labels, ids
 
     @property
     def epoch_is_over(self) -> bool:

@@ -3,10 +3,11 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from loader.fakes import FakeStream, real_loader
+from loader.fakes import DIGITS, FakeStream, Images, real_loader
 from stream.fakes import running, until
+from torch.utils.data import DataLoader
 
-from streamaug.errors import UsageError
+from streamaug.errors import StateError, UsageError
 from streamaug.integrations import StreamCallback
 from streamaug.loader import StreamLoader
 
@@ -115,3 +116,25 @@ def test_without_the_callback_a_single_process_trains_as_well(tmp_path):
     loader = StreamLoader(real_loader(), FakeStream(), ratio=0.5)
     fit(Module(), loader, tmp_path, callback=pl.Callback())
     assert loader.stats().synthetic == 20
+
+
+def test_feedback_names_classes_as_the_stream_numbers_them():
+    class Named(Images):
+        classes = DIGITS[::-1]
+
+    loader = StreamLoader(DataLoader(Named(), batch_size=8), FakeStream(), ratio=0.5, with_ids=True)
+    batch = next(iter(loader))
+    labels, ids = loader.labels_and_ids(batch)
+    assert batch[1][ids >= 0].tolist() == [9 - i % 10 for i in ids[ids >= 0].tolist()]
+    assert labels[ids >= 0].tolist() == [i % 10 for i in ids[ids >= 0].tolist()]
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path):
+    run(tmp_path, stop=2)
+    file = next((tmp_path / "lightning").glob("*.ckpt"))
+    checkpoint = torch.load(file)
+    loop = checkpoint["loops"]["fit_loop"]["state_dict"]
+    loop["combined_loader"] = [{"ranks": loop["combined_loader"] * 2}]
+    torch.save(checkpoint, file)
+    with pytest.raises(StateError, match="saved by 2 ranks and is loaded by 1"):
+        run(tmp_path, resume=True)

@@ -11,6 +11,8 @@ from streamaug.stream.redeal import redeal
 
 from .runs import make_stream
 
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+
 EPOCH = 48
 
 
