@@ -18,7 +18,7 @@ from streamaug.data import ImageDataset, load_splits
 EPOCHS = 16
 
 dist.init_process_group("gloo")  # "nccl" on GPUs
-rank, ranks = dist.get_rank(), dist.get_world_size()
+rank = dist.get_rank()
 
 digits = load_splits(sa.load("digits").data)
 shots = ImageDataset(digits.train.subset(digits.train.select_shots(3, seed=0)))
@@ -28,11 +28,7 @@ test = ImageDataset(digits.test)
 torch.manual_seed(0)
 loader = DataLoader(train, batch_size=32, sampler=DistributedSampler(train))
 if "--real-only" not in sys.argv:
-    if rank == 0:
-        sa.prepare(sa.load("digits"))  # the generator, the bank and the judge: one rank makes them, all use them
-    dist.barrier()
-    stream = sa.Stream.from_config("digits", rank=rank, world_size=ranks)  # each rank has producers of its own
-    loader = sa.StreamLoader(loader, stream, ratio=0.5)  # the line that changes
+    loader = sa.StreamLoader(loader, sa.Stream.from_config("digits"), ratio=0.5)  # the line that changes
 
 model = nn.Sequential(
     *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),

@@ -28,9 +28,7 @@ torch.manual_seed(0)
 loader = DataLoader(train, batch_size=64, shuffle=True)
 test_loader = DataLoader(test, batch_size=250)
 if "--real-only" not in sys.argv:
-    with accelerator.main_process_first():  # the generator, the bank and the judge: one process makes them
-        stream = sa.Stream.from_config("digits", rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loader = sa.StreamLoader(loader, stream, ratio=0.5)  # the line that changes
+    loader = sa.StreamLoader(loader, sa.Stream.from_config("digits"), ratio=0.5)  # the line that changes
 
 model = nn.Sequential(
     *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),

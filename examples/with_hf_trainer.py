@@ -67,9 +67,6 @@ if __name__ == "__main__":
         compute_metrics=accuracy,
     )
     if "--real-only" not in sys.argv:
-        with arguments.main_process_first():  # the generator, the bank and the judge: one process makes them
-            rank, ranks = arguments.process_index, arguments.world_size
-            stream = sa.Stream.from_config("digits", rank=rank, world_size=ranks)
-        trainer = add_stream(trainer, stream, ratio=0.5)  # the line that changes
+        trainer = add_stream(trainer, sa.Stream.from_config("digits"), ratio=0.5)  # the line that changes
     trainer.train()
     print(f"accuracy on {len(digits.test)} held-out images: {trainer.evaluate()['eval_accuracy']:.3f}")

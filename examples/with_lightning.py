@@ -21,10 +21,6 @@ WITH_STREAM = "--real-only" not in sys.argv
 
 
 class Digits(pl.LightningDataModule):
-    def prepare_data(self):
-        if WITH_STREAM:
-            sa.prepare(sa.load("digits"))  # the generator, the bank and the judge: one process makes them
-
     def setup(self, stage):
         digits = load_splits(sa.load("digits").data)
         shots = ImageDataset(digits.train.subset(digits.train.select_shots(3, seed=0)))
@@ -34,9 +30,7 @@ class Digits(pl.LightningDataModule):
     def train_dataloader(self):
         loader = DataLoader(self.train, batch_size=64, shuffle=True)
         if WITH_STREAM:
-            rank, ranks = self.trainer.global_rank, self.trainer.world_size
-            stream = sa.Stream.from_config("digits", rank=rank, world_size=ranks)
-            loader = sa.StreamLoader(loader, stream, ratio=0.5)  # the line that changes
+            loader = sa.StreamLoader(loader, sa.Stream.from_config("digits"), ratio=0.5)  # the line that changes
         return loader
 
     def test_dataloader(self):

@@ -1,6 +1,9 @@
 """From a configuration to everything a stream needs: data, generator, bank, judge and planner, reused when current."""
 
+import fcntl
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,6 +158,30 @@ def prepare(
     schedule = schedule_of(scheduler, config.model.steps, options=options, timing=when)
     planner = _planner(config, bank, schedule, prompted=prompts is not None)
     return Prepared(config, splits, labelled, model, bank, judge, planner, prompts, features)
+
+
+def prepare_in_turn(config: Config) -> Prepared:
+    """`prepare`, one process at a time for one configuration and cache: the first makes what the others then find."""
+    with _turn(config):
+        return prepare(config)
+
+
+@contextmanager
+def _turn(config: Config) -> Iterator[None]:
+    name = config.digest("seed", "data", "model", "prior", "bank", "judge", "recipes")
+    try:
+        config.cache.mkdir(parents=True, exist_ok=True)
+        file = open(config.cache / f".preparing-{name}", "ab")  # noqa: SIM115
+    except OSError:  # a cache that cannot be written may still have everything
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process prepares the same: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _planner(config: Config, bank: LatentBank, schedule: Schedule, *, prompted: bool) -> Planner:

@@ -28,8 +28,8 @@ def check_stream(stream: Any) -> None:
     if in_group() and stream.world_size == 1:
         raise UsageError(
             f"this process is rank {dist.get_rank()} of {dist.get_world_size()} and its stream was made for one rank: "
-            "all ranks would get the same images; build it with Stream.from_config(..., "
-            f"rank={dist.get_rank()}, world_size={dist.get_world_size()})"
+            "all ranks would get the same images; build it after the process group, or with "
+            f"rank={dist.get_rank()}, world_size={dist.get_world_size()}"
         )
 
 

@@ -26,6 +26,7 @@ from streamaug.stream.batch import Recent, SynthBatch
 from streamaug.stream.fleet import Fleet
 from streamaug.stream.manifest import ManifestWriter
 from streamaug.stream.position import Identity, Position
+from streamaug.stream.ranks import own_rank
 from streamaug.stream.ring import Layout, Slot
 from streamaug.stream.stats import Recorder, StreamStats
 from streamaug.stream.steering import Steering
@@ -72,15 +73,16 @@ class Stream:
         class_names: Sequence[str] | None = None,
         device: str = "cpu",
         loader_config: LoaderConfig | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         plan_extra: Mapping[str, Any] | None = None,
     ):
         """engine: "module:function", called in the producer with `engine_options` (JSON) and returning an
         `Engine`. image_shape: (C, H, W). judge_state: uint8 [n], version 0 of a judge that can be published
         anew; None when the engine's judge is its own affair. device: where the engine runs ("cpu", "cuda",
         "auto"), for backend auto. plan_extra: what images depend on besides the planner (digests of model,
-        bank, judge), JSON. Rank r of `world_size` makes the batches k = r modulo world_size.
+        bank, judge), JSON. Rank r of `world_size` makes the batches k = r modulo world_size; by default they are those
+        of torch's default process group, if there is one.
 
         Raises MemoryTooSmall when the ring cannot fit, UsageError when the arguments contradict each other.
         """
@@ -88,8 +90,7 @@ class Stream:
             raise UsageError(
                 f"the planner plans batches of {planner.batch_size}, stream.batch_size is {config.batch_size}"
             )
-        if not 0 <= rank < world_size:
-            raise UsageError(f"rank {rank} of world_size {world_size}: ranks count from 0 to world_size - 1")
+        rank, world_size = own_rank(rank, world_size)
         self.planner = planner
         self.config = config
         self.image_shape = image_shape
@@ -153,21 +154,24 @@ class Stream:
         config: str | os.PathLike | Config,
         overrides: Sequence[str] = (),
         *,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> "Stream":
         """The stream that a configuration describes: a YAML file, a bundled name ("digits") or a `Config`.
 
-        `overrides` are "a.b=value" strings. Prepares what is missing (prior, bank, judge) before it returns.
+        `overrides` are "a.b=value" strings. Prepares what is missing (prior, bank, judge) before it returns; of several
+        ranks or processes that want the same, one does it and the others wait.
         """
         from streamaug.config import load
-        from streamaug.preparation import prepare
+        from streamaug.preparation import prepare_in_turn
 
         resolved = config if isinstance(config, Config) else load(config, overrides)
-        return cls.from_prepared(prepare(resolved), rank=rank, world_size=world_size)
+        return cls.from_prepared(prepare_in_turn(resolved), rank=rank, world_size=world_size)
 
     @classmethod
-    def from_prepared(cls, prepared: "Prepared", *, rank: int = 0, world_size: int = 1) -> "Stream":
+    def from_prepared(
+        cls, prepared: "Prepared", *, rank: int | None = None, world_size: int | None = None
+    ) -> "Stream":
         """The stream of what `prepare` made."""
         return cls(
             prepared.planner,
