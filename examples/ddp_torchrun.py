@@ -54,4 +54,5 @@ if rank == 0:
     images, labels = next(iter(DataLoader(test, batch_size=len(test))))
     accuracy = (model.module(images).argmax(1) == labels).float().mean()
     print(f"accuracy on {len(test)} held-out images: {accuracy:.3f}")
+dist.barrier()  # the other ranks wait for the evaluation
 dist.destroy_process_group()
