@@ -26,7 +26,7 @@ CONSOLE = [sys.executable, "-c", "from streamaug.cli import main; main()"]
 def refusal(*arguments: str, env: dict[str, str] | None = None) -> str:
     """The one message with which a command refuses."""
     result = CliRunner().invoke(app, list(arguments), env=env)
-    assert result.exit_code == 2, f"{result.exit_code}: {result.output}\n{result.exception!r}"
+    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
     assert "Traceback" not in result.output
     messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, result.stderr
@@ -409,7 +409,7 @@ def test_a_full_disk_leaves_the_bank_that_is_there(settings: list[str], tmp_path
     assert CliRunner().invoke(app, ["invert", *given]).exit_code == 0
     before = contents(bank)
     with files_limited_to(100):
-        message = refusal("invert", *given, "--set", "data.shots=1")
+        message = refusal("invert", *given, "--set", "data.shots=1", code=1)
     assert "cannot be written" in message and "make room and start again" in message
     assert before.items() <= contents(bank).items()
     assert CliRunner().invoke(app, ["invert", *given]).exit_code == 0
