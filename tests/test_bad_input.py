@@ -23,7 +23,7 @@ GOOD = "prior: {}\n"
 CONSOLE = [sys.executable, "-c", "from streamaug.cli import main; main()"]
 
 
-def refusal(*arguments: str, env: dict[str, str] | None = None) -> str:
+def refusal(*arguments: str, env: dict[str, str] | None = None, code: int = 2) -> str:
     """The one message with which a command refuses."""
     result = CliRunner().invoke(app, list(arguments), env=env)
     assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"

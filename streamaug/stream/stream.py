@@ -169,9 +169,7 @@ class Stream:
         return cls.from_prepared(prepare_in_turn(resolved), rank=rank, world_size=world_size)
 
     @classmethod
-    def from_prepared(
-        cls, prepared: "Prepared", *, rank: int | None = None, world_size: int | None = None
-    ) -> "Stream":
+    def from_prepared(cls, prepared: "Prepared", *, rank: int | None = None, world_size: int | None = None) -> "Stream":
         """The stream of what `prepare` made."""
         return cls(
             prepared.planner,
