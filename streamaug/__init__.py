@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from streamaug.loader import Mix as Mix
     from streamaug.loader import StreamLoader as StreamLoader
     from streamaug.loader import StreamNode as StreamNode
+    from streamaug.loader import mixed_cross_entropy as mixed_cross_entropy
     from streamaug.loader import stream_source as stream_source
     from streamaug.orders import OrderBatch as OrderBatch
     from streamaug.orders import Planner as Planner
@@ -49,6 +50,7 @@ _PUBLIC = {
     "StreamaugError": "streamaug.errors",
     "invert": "streamaug.inverting",
     "load": "streamaug.config",
+    "mixed_cross_entropy": "streamaug.loader",
     "prepare": "streamaug.preparation",
     "stream_source": "streamaug.loader",
 }

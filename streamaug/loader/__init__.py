@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from streamaug.loader.losses import mixed_cross_entropy
 from streamaug.loader.stream_loader import LoaderStats, StreamLoader
 
 if TYPE_CHECKING:
@@ -10,7 +11,15 @@ if TYPE_CHECKING:
     from streamaug.loader.nodes import Mix as Mix
     from streamaug.loader.nodes import StreamNode as StreamNode
 
-__all__ = ["DALIStreamLoader", "LoaderStats", "Mix", "StreamLoader", "StreamNode", "stream_source"]
+__all__ = [
+    "DALIStreamLoader",
+    "LoaderStats",
+    "Mix",
+    "StreamLoader",
+    "StreamNode",
+    "mixed_cross_entropy",
+    "stream_source",
+]
 
 
 def __getattr__(name: str) -> Any:
