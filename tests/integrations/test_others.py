@@ -45,7 +45,7 @@ def test_timms_loader_is_wrapped_with_its_own_transform(prefetcher):
     assert mixed.stats().synthetic == stream.next_id == 12
 
 
-def test_the_trainer_keeps_its_class_and_refuses_what_is_no_trainer():
+def test_the_trainer_keeps_its_class_and_refuses_what_is_no_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     from streamaug.integrations import add_stream
@@ -53,7 +53,9 @@ def test_the_trainer_keeps_its_class_and_refuses_what_is_no_trainer():
     class Mine(Trainer):
         pass
 
-    trainer = Mine(torch.nn.Linear(1, 1), TrainingArguments(use_cpu=True, report_to=[]), train_dataset=[])
+    trainer = Mine(
+        torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), train_dataset=[]
+    )
     assert add_stream(trainer, FakeStream(), ratio=0.5) is trainer
     assert isinstance(trainer, Mine) and type(trainer).__name__ == "Mine"
     with pytest.raises(UsageError, match="got a Linear"):
