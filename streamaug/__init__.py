@@ -6,9 +6,10 @@ stream = sa.Stream.from_config("digits")
 loader = sa.StreamLoader(real_loader, stream, ratio=0.5)
 """
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from streamaug.lazy import lazily
 
 if TYPE_CHECKING:
     from streamaug.bank import LatentBank as LatentBank
@@ -55,12 +56,7 @@ _PUBLIC = {
     "stream_source": "streamaug.loader",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'streamaug' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+__getattr__ = lazily(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

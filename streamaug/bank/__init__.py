@@ -15,8 +15,9 @@ finds what is already there after any interruption, a changed setting redoes one
 whole until the new index replaces the old one, and the finished bytes do not depend on history.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from streamaug.lazy import lazily
 
 if TYPE_CHECKING:
     from streamaug.bank.checkpoint import Checkpoint as Checkpoint
@@ -38,9 +39,4 @@ _PUBLIC = {
     "open_if_current": "streamaug.bank.writer",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+__getattr__ = lazily(__name__, _PUBLIC)

@@ -12,8 +12,9 @@ ways, synthetic images go through the transform that timm made.
 Without a framework, `gather_state` makes one state of all ranks'.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from streamaug.lazy import lazily
 
 if TYPE_CHECKING:
     from streamaug.integrations.lightning import StreamCallback as StreamCallback
@@ -28,12 +29,7 @@ _PUBLIC = {
     "gather_state": "streamaug.loader.ranks",
 }
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+__getattr__ = lazily(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:
