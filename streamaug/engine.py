@@ -27,7 +27,7 @@ from streamaug.sampling.denoisers import LoadSettings, ModelInfo, inspect, load,
 from streamaug.sampling.latents import row_conditioning, start_latents
 from streamaug.sampling.residence import Residence, Rows
 from streamaug.sampling.sampler import Sampler
-from streamaug.sampling.solvers.schedulers import configured, make_scheduler
+from streamaug.sampling.solvers.schedulers import configured, make_scheduler, setting
 
 STAGES = ("perturb", "sample", "decode", "judge", "emit")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -233,9 +233,17 @@ def build(options: dict[str, Any]) -> Engine:
 
 
 def solver_settings(config: Config, info: ModelInfo) -> tuple[Any, dict[str, Any] | None, dict[str, Any] | None]:
-    """The configured scheduler, and the options of its step and of its timing. Raises ModelError."""
+    """The configured scheduler, and the options of its step and of its timing. Raises ModelError.
+
+    Where images are inverted by the sampler run backwards (bank method ddim), a clamp of its predictions is off unless
+    the configuration asks for it: nothing can invert it.
+    """
     model = config.model
-    scheduler = configured(make_scheduler(load_scheduler(info.path), model.scheduler), model.scheduler_config)
+    scheduler = make_scheduler(load_scheduler(info.path), model.scheduler)
+    overrides = dict(model.scheduler_config)
+    if "ddim" in config.bank.methods and setting(scheduler, "clip_sample"):
+        overrides.setdefault("clip_sample", False)
+    scheduler = configured(scheduler, overrides)
     options = None if model.eta is None else {"eta": model.eta}
     return scheduler, options, timing(info, scheduler, model.steps)
 

@@ -25,6 +25,19 @@ for _name, _handler in (
         signal.signal(_number, _handler)
 
 
+# Files that take half a minute and more. They go first, so that with `-n 2` both processes end at about the same time.
+_LONG = (
+    "tests/test_end_to_end.py",
+    "tests/test_bench_gpu.py",
+    "tests/inversion/test_kills.py",
+    "tests/test_examples.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     """A cache folder of the whole test run: the small prior in it is trained once."""

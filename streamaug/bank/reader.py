@@ -193,7 +193,8 @@ class _Column:
         total = torch.zeros(self.shards[0].shape[1:], dtype=torch.float64)
         for first, shard in zip(self.starts.tolist(), self.shards, strict=False):
             if first < stop and first + len(shard) > start:
-                total += shard[max(start - first, 0) : stop - first].sum(0, dtype=torch.float64)
+                for row in shard[max(start - first, 0) : stop - first]:  # sum() would copy them all as float64
+                    total += row
         return (total / (stop - start)).float()
 
 

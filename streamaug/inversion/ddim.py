@@ -5,8 +5,9 @@ A deterministic solver step is x' = (cx + c0·a)·x + (ce + c0·s)·e(x), with e
 ended, is the plain DDIM inversion (Song, Meng & Ermon 2021; Mokady et al. 2023); iterating solves it (Pan et al. 2023,
 "AIDI"), here with Anderson acceleration of depth 1, which also converges where the prediction's weight is large.
 
-The clamp of the predicted clean image (`clip_sample`) has no inverse and is left out on the way back. Where the sampler
-has it, the image that comes back differs by what the clamp does; "ddim.error" says how much. Measured with the prior of
+A clamp of the predicted clean image (`clip_sample`) has no inverse. It is off where a bank has this method (see
+`engine.solver_settings`), unless the configuration asks for it: then it is left out on the way back, and the image that
+comes back differs by what it does; "ddim.error" says how much. Measured with the prior of
 the digits configuration on 64 held-out images, fp16 rows: relative error by iterations, mean (largest):
 
                                0              1              2              5
@@ -233,8 +234,8 @@ class Ddim:
         """The steps that are run, backwards and forwards."""
         if setting(self._scheduler, "clip_sample"):
             _log.warning(
-                "bank.methods ddim: the sampler clamps its predictions, which cannot be inverted, so images come "
-                "back less closely (see ddim.error); model.scheduler_config.clip_sample false takes the clamp away"
+                "bank.methods ddim: model.scheduler_config.clip_sample asks for a clamp of the sampler's predictions, "
+                "which cannot be inverted, so images come back less closely (see ddim.error)"
             )
         return steps_of(self._scheduler, self.steps, self.start, options=self._options, timing=self._timing)
 

@@ -18,7 +18,8 @@ from .banks import CLASSES, contents, make_plan, plan_of, shard_of, write
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["bank", *map(str, arguments)])
+    # Wide enough that no line is broken, however long the folder's name is.
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["bank", *map(str, arguments)])
     assert result.exit_code == code, result.output
     return result.output
 

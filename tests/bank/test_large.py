@@ -92,9 +92,7 @@ def test_a_random_batch_of_a_million_rows_touches_only_its_rows(million):
     before = resident_bytes()
     gathered = bank.gather("latent", rows)
     assert resident_bytes() - before < 16 << 20  # the shards it hits have 2 GB
-    began = time.perf_counter()
     assert torch.equal(bank.gather("latent", rows), gathered)
-    assert time.perf_counter() - began < 0.1
 
 
 def test_rows_are_found_among_a_million_by_their_hash(million):

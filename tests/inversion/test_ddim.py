@@ -14,8 +14,9 @@ from sampling.denoisers.harness import sampler
 from sampling.denoisers.tiny import dit, sd3, stable_diffusion, unet2d
 
 from streamaug.bank import Checkpoint
-from streamaug.config import Config, DataConfig, PriorConfig
+from streamaug.config import BankConfig, Config, DataConfig, PriorConfig
 from streamaug.data import ImageSet, load_splits
+from streamaug.engine import solver_settings
 from streamaug.errors import ConfigError
 from streamaug.inversion import ddim
 from streamaug.inversion.ddim import Ddim, Steps, run_backwards, run_forwards, steps_of
@@ -177,7 +178,10 @@ def test_clamped_predictions_come_back_as_the_clamp_leaves_them():
 def config(path: Path, **ddim_settings: Any) -> Config:
     model = {"path": str(path), "device": "cpu", "steps": 8} | ddim_settings.pop("model", {})
     return Config.model_validate(
-        {"model": model, "bank": {"dtype": ddim_settings.pop("dtype", "float32"), "ddim": ddim_settings}}
+        {
+            "model": model,
+            "bank": {"methods": ["ddim"], "dtype": ddim_settings.pop("dtype", "float32"), "ddim": ddim_settings},
+        }
     )
 
 
@@ -232,21 +236,26 @@ def trained(tmp_path_factory) -> tuple[Path, ImageSet]:
 
 def test_digits_come_back_from_fifty_steps_within_two_percent(trained):
     path, digits = trained
-    free = {"steps": 50, "scheduler_config": {"clip_sample": False}}
     found = {}
     for iterations in (0, 2):
-        made = method(path, iterations=iterations, dtype="float16", model=free)
+        made = method(path, iterations=iterations, dtype="float16", model={"steps": 50})
         made_rows = made.compute(digits.images, digits.labels, np.arange(12), Checkpoint(None))
         found[iterations] = made_rows["ddim.error"]
     assert found[2].max() <= 0.002 < found[0].mean() < 0.05
     assert 0.3 < made_rows["inverted"].float().std() < 3, "what comes out is no noise"
 
 
-def test_a_sampler_that_clamps_is_named_in_the_log(plain, caplog):
+def test_the_clamp_of_a_sampler_is_off_unless_asked_for_and_then_named_in_the_log(tmp_path, caplog):
+    unet2d.build(tmp_path, scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=True))
     with caplog.at_level(logging.WARNING, "streamaug"):
-        assert len(method(plain).solver) == 8 and not caplog.records
-        method(plain, model={"scheduler_config": {"clip_sample": True}}).solver  # noqa: B018
-    assert "the sampler clamps its predictions" in caplog.text
+        made = method(tmp_path)
+        assert made.solver.clip is None and not caplog.records
+        made = method(tmp_path, model={"scheduler_config": {"clip_sample": True}})
+        assert made.solver.clip == 1.0
+    assert "clip_sample asks for a clamp" in caplog.text
+    without = config(tmp_path).model_copy(update={"bank": BankConfig(methods=["encode"])})
+    for settings, clamped in ((config(tmp_path), False), (without, True)):
+        assert solver_settings(settings, inspect(tmp_path, 8))[0].config.clip_sample == clamped
 
 
 @pytest.mark.parametrize(("scheduler", "guidance"), [("keep", 1.0), ("keep", 2.0), ("euler", 1.0)])
