@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from streamaug.config import ArmConfig, Config, TrainConfig
-from streamaug.data import ImageDataset, ImageSet
+from streamaug.data import Batches, ImageDataset, ImageSet
 from streamaug.loader import StreamLoader
 from streamaug.outputs import write_json
 from streamaug.preparation import prepare
@@ -29,11 +29,6 @@ def real_batches(labelled: ImageSet, config: TrainConfig, seed: int, *, soft: bo
     dataset = ImageDataset(labelled, soft=soft)
     sampler = RandomSampler(dataset, replacement=True, num_samples=config.steps * config.batch_size, generator=random)
     return DataLoader(dataset, batch_size=config.batch_size, sampler=sampler)
-
-
-def tensors(images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images fp32 [N, C, H, W] in [0, 1] and labels int64 [N]."""
-    return torch.from_numpy(images.images).float() / 255, torch.from_numpy(images.labels)
 
 
 def for_arm(config: TrainConfig, arm: ArmConfig) -> TrainConfig:
@@ -81,7 +76,7 @@ def run_arm(
             forever(loader),
             settings,
             seed=seed,
-            test=tensors(test),
+            test=Batches(test),
             eval_every=eval_every,
             on_step=on_step,
             deadline_seconds=deadline_seconds,

@@ -80,7 +80,7 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
     heading = {"guidance": "scale"}.get(what, what)  # as wide as a picture
     order = np.argsort(swept[0].labels, kind="stable")
     given_back = anchors(prepared, engine, recipe, swept[0].rows)
-    source_of = dict(zip(prepared.labelled.hashes, prepared.labelled.images, strict=True))
+    source_of = {digest: at for at, digest in enumerate(prepared.labelled.hashes)}
     rows = []
     for at in order:
         row = int(swept[0].rows[at])
@@ -96,6 +96,7 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
             )
             for each in swept
         ]
-        real = source_of.get(prepared.bank.source_hash(row)) if row >= 0 else None
+        source = source_of.get(prepared.bank.source_hash(row)) if row >= 0 else None
+        real = None if source is None else prepared.labelled.images[source]
         rows.append(SampleRow(prepared.class_names[swept[0].labels[at]], real, siblings))
     return rows, sum(len(each.labels) for each in swept)

@@ -135,15 +135,14 @@ def _fit(
     config: PriorConfig,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    pixels = torch.from_numpy(images.images).float() / 127.5 - 1
     weights = list(unet.parameters())
     average = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.01)
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * one_cycle(step / config.steps, warm=0.03)
-        chosen = torch.randint(len(pixels), (config.batch_size,))
-        clean = pixels[chosen]
+        chosen = torch.randint(len(images), (config.batch_size,))
+        clean = torch.from_numpy(images.images[chosen.numpy()]).float() / 127.5 - 1
         noise = torch.randn_like(clean)
         t = torch.randint(TRAIN_TIMESTEPS, (config.batch_size,))
         told = None

@@ -6,15 +6,15 @@ from streamaug.data.images import ImageSet, Splits
 from streamaug.data.load import as_image_set, load_splits
 
 if TYPE_CHECKING:
-    from streamaug.data.dataset import ImageDataset
+    from streamaug.data.dataset import Batches, ImageDataset, pixels
 
-__all__ = ["ImageDataset", "ImageSet", "Splits", "as_image_set", "load_splits"]
+__all__ = ["Batches", "ImageDataset", "ImageSet", "Splits", "as_image_set", "load_splits", "pixels"]
 
 
 def __getattr__(name: str) -> Any:
-    """`ImageDataset` is imported when first asked for: it needs torch, everything else here does not."""
-    if name == "ImageDataset":
-        from streamaug.data.dataset import ImageDataset
+    """What needs torch is imported when first asked for; everything else here does not."""
+    if name in ("Batches", "ImageDataset", "pixels"):
+        from streamaug.data import dataset
 
-        return ImageDataset
+        return getattr(dataset, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

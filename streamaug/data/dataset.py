@@ -1,7 +1,9 @@
 """A torch data set over an ImageSet, shaped like torchvision's own: what the trainer's DataLoader reads."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -30,4 +32,25 @@ class ImageDataset(Dataset):
         label = self.targets[index]
         if self.soft:
             label = torch.nn.functional.one_hot(torch.tensor(label), len(self.classes)).float()
-        return torch.from_numpy(self.images.images[index]).float().div_(255), label
+        return pixels(self.images, index), label
+
+
+class Batches:
+    """All images in their order, as often as wanted: (fp32 [B, C, H, W] in [0, 1], int64 [B])."""
+
+    def __init__(self, images: ImageSet, batch_size: int = 512):
+        self.images = images
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, len(self.images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield pixels(self.images, part), torch.from_numpy(self.images.labels[part])
+
+
+def pixels(images: ImageSet, at: int | slice | np.ndarray = slice(None)) -> torch.Tensor:
+    """The images at these indices, fp32 [n, C, H, W] in [0, 1]; of a single one [C, H, W]."""
+    return torch.from_numpy(images.images[at]).float().div_(255)

@@ -1,4 +1,4 @@
-"""Images in memory with labels, names and pixel hashes, and their division into three sets."""
+"""Images with labels, names and pixel hashes, and their division into three sets."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from streamaug.data.stored import Images, StoredImages, concatenate, select
 from streamaug.errors import DataError
 
 _SHOTS = 0x73686F7473  # separates the draw of labelled images from other users of the same seed
@@ -15,12 +16,12 @@ _SHOTS = 0x73686F7473  # separates the draw of labelled images from other users 
 class ImageSet:
     """N labelled images.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N], indices into class_names; sources: where each came from (a
-    file's path, or "digits/123"); hashes: sha256 of each image's pixels, in hexadecimal. Raises DataError
-    when these do not fit together.
+    images: uint8 [N, C, H, W], in memory or, where there are too many, in a file; indexed they are arrays in memory.
+    labels: int64 [N], indices into class_names; sources: where each came from (a file's path, or "digits/123"); hashes:
+    sha256 of each image's pixels, in hexadecimal. Raises DataError when these do not fit together.
     """
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
     class_names: list[str]
     sources: list[str]
@@ -45,7 +46,7 @@ class ImageSet:
     @classmethod
     def from_arrays(
         cls,
-        images: np.ndarray,
+        images: Images,
         labels: np.ndarray | Sequence[int],
         class_names: Sequence[str],
         sources: Sequence[str] | None = None,
@@ -54,13 +55,13 @@ class ImageSet:
 
         sources: default "image/0", "image/1", ... Raises DataError when shapes, dtypes or labels do not fit.
         """
-        images = np.ascontiguousarray(images)
+        images = images if isinstance(images, StoredImages) else np.ascontiguousarray(images)
         return cls(
             images=images,
             labels=np.asarray(labels, dtype=np.int64),
             class_names=list(class_names),
             sources=list(sources) if sources is not None else [f"image/{i}" for i in range(len(images))],
-            hashes=[hashlib.sha256(image.tobytes()).hexdigest() for image in images],
+            hashes=[hashlib.sha256(images[i].tobytes()).hexdigest() for i in range(len(images))],
         )
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class ImageSet:
         if len(at) == len(self) and np.array_equal(at, np.arange(len(self))):
             return self
         return ImageSet(
-            images=self.images[at],
+            images=select(self.images, at),
             labels=self.labels[at],
             class_names=self.class_names,
             sources=[self.sources[i] for i in at],
@@ -130,7 +131,7 @@ class Splits:
         """Train and validation images together: what a generator may learn from, without the labels."""
         both = (self.train, self.validation)
         return ImageSet(
-            images=np.concatenate([part.images for part in both]),
+            images=concatenate([part.images for part in both]),
             labels=np.concatenate([part.labels for part in both]),
             class_names=self.train.class_names,
             sources=[source for part in both for source in part.sources],

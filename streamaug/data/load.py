@@ -1,4 +1,4 @@
-"""From a configuration, or from the user's own data set, to labelled images in memory."""
+"""From a configuration, or from the user's own data set, to labelled images, decoded."""
 
 import logging
 import os

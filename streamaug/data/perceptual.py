@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from streamaug.data.stored import Images
+
 HASH_DTYPE = np.dtype("V32")
 
 _SIDE = 16  # frequencies along each axis, so 256 bits; a smaller image has as many as pixels
@@ -14,7 +16,7 @@ _PIXELS = 1 << 22  # hashed at once, in float64
 _BLOCK = 1 << 18  # hashes compared at once
 
 
-def perceptual_hash(images: np.ndarray) -> np.ndarray:
+def perceptual_hash(images: Images) -> np.ndarray:
     """uint8 [N, C, H, W] with 1 or 3 channels to 256 bits each, V32 [N].
 
     Which of the 16 × 16 lowest coefficients of the image's discrete cosine transform are positive (pHash, Zauner 2010,

@@ -1,6 +1,9 @@
 """What every source of images has in common: how it is described, read into memory, and what its classes are called."""
 
+import logging
+import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,10 @@ from PIL import Image
 from streamaug.config import DataConfig
 from streamaug.data.decode import Unreadable, read_image
 from streamaug.data.images import ImageSet
+from streamaug.data.stored import StoredImages, make_room
 from streamaug.errors import DataError, nearest
+
+log = logging.getLogger("streamaug")
 
 Undecoded = Path | bytes | Image.Image
 
@@ -136,16 +142,16 @@ def _positions(names: list[str], among: list[str]) -> list[int]:
 
 
 def read(source: Source, classes: Classes, config: DataConfig, bad: BadFiles) -> ImageSet:
-    """Decode all images into memory, in the source's order; unreadable ones are added to `bad` and left out.
+    """Decode all images, in the source's order; unreadable ones are added to `bad` and left out.
 
-    Raises DataError when there is no image, when there is no room for them (said before the first is read), and as
+    They are kept in memory, or in a temporary file where memory has no room for them. Raises DataError when there is no
+    image, when there is no room for them anywhere (said before the first is read), and as
     `Source.fetch`, `BadFiles.add` and ImageSet do.
     """
     for name, reason in source.broken:
         bad.add(name, reason)
     count = len(source.names)
     shape = (config.channels, config.image_size, config.image_size)
-    _check_room(source.where, count, int(np.prod(shape)))
 
     def fetch(i: int) -> tuple[Undecoded | Unreadable, int]:
         try:
@@ -161,7 +167,7 @@ def read(source: Source, classes: Classes, config: DataConfig, bad: BadFiles) ->
         except Unreadable as error:
             return error
 
-    images = np.empty((count, *shape), dtype=np.uint8)
+    images = _room_for(source.where, (count, *shape))
     labels: list[int] = []
     names: list[str] = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -184,17 +190,30 @@ def read(source: Source, classes: Classes, config: DataConfig, bad: BadFiles) ->
         # A label outside the classes stays what it is, for ImageSet to refuse.
         labels = [classes.positions[label] if 0 <= label < len(classes.positions) else label for label in labels]
     called = classes.names or [str(number) for number in range(max(labels) + 1)]
-    return ImageSet.from_arrays(images[: len(names)], labels, called, names)
+    read_in = np.arange(len(names))
+    kept = StoredImages(images, read_in) if isinstance(images, np.memmap) else images[: len(names)]
+    return ImageSet.from_arrays(kept, labels, called, names)
 
 
-def _check_room(where: str, count: int, image_bytes: int) -> None:
-    free = _free_bytes()
-    needed = 2 * count * image_bytes  # dividing them into sets copies them once
-    if free is not None and needed > free:
+def _room_for(where: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array uint8 [N, C, H, W] in memory; a memory-mapped one where that would take more than half of what is free.
+
+    Raises DataError when there is no room for either.
+    """
+    free, nbytes = _free_bytes(), math.prod(shape)
+    if free is None or 2 * nbytes <= free:  # dividing them into sets copies them once
+        return np.empty(shape, np.uint8)
+    folder = tempfile.gettempdir()
+    told = f"{where}: {shape[0]} images of {math.prod(shape[1:])} bytes each take {_size(nbytes)}"
+    try:
+        room = make_room(shape)
+    except OSError as error:
         raise DataError(
-            f"{where}: {count} images of {image_bytes} bytes each take {_size(needed)} of memory while they are "
-            f"divided, and {_size(free)} are free; lower data.image_size, or take a part of the images"
-        )
+            f"{told}; {_size(free)} of memory are free, and {folder} has no room either ({error.strerror}): set TMPDIR "
+            "to a folder that has, lower data.image_size, or take a part of the images"
+        ) from None
+    log.info("%s, and %s of memory are free: they are kept in a file under %s (TMPDIR)", told, _size(free), folder)
+    return room
 
 
 def _free_bytes() -> int | None:

@@ -14,10 +14,11 @@ import torch
 import typer
 
 from streamaug.config import Config, load
+from streamaug.data import Batches
 from streamaug.demo.view import make_view
 from streamaug.doctor import hardware, installed_versions
 from streamaug.errors import StreamaugError
-from streamaug.experiment import real_batches, tensors
+from streamaug.experiment import real_batches
 from streamaug.outputs import write_json
 from streamaug.preparation import Prepared, prepare
 from streamaug.preview import engine_of
@@ -68,7 +69,7 @@ def _oracle(prepared: Prepared, steps: int) -> tuple[torch.nn.Module, float]:
             num_classes=len(prepared.class_names),
         )
         train(model, forever(real_batches(splits.train, settings, config.seed)), settings, seed=config.seed)
-    return model.eval(), accuracy(model, *tensors(splits.validation))
+    return model.eval(), accuracy(model, Batches(splits.validation))
 
 
 @torch.no_grad()

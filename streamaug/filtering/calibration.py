@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from streamaug.config import Config
-from streamaug.data import ImageSet
+from streamaug.data import Batches, ImageSet, pixels
 from streamaug.filtering.features import Features, Probed
 from streamaug.filtering.judge import Judge
 from streamaug.training.classifiers import build_classifier
@@ -45,8 +45,7 @@ def fit_judge(config: Config, labelled: ImageSet, seed: int, features: Features 
 def fit_probe(config: Config, judge: Judge, labelled: ImageSet, seed: int) -> None:
     """Fit the probe on the denoiser's features, if the judge has one."""
     if isinstance(judge.classifier, Probed):
-        images, labels = torch.from_numpy(labelled.images).float() / 255, torch.from_numpy(labelled.labels)
-        judge.classifier.fit_probe(images, labels, config.train.augment, seed)
+        judge.classifier.fit_probe(labelled, config.train.augment, seed)
 
 
 def calibrate(judge: Judge, labelled: ImageSet, config: Config) -> None:
@@ -58,10 +57,10 @@ def calibrate(judge: Judge, labelled: ImageSet, config: Config) -> None:
     counts = np.bincount(labelled.labels, minlength=len(labelled.class_names))
     if rule == "fixed" or (rule == "auto" and counts.min() < FEW_IMAGES):
         return
-    images = torch.from_numpy(labelled.images).float() / 127.5 - 1
     labels = torch.from_numpy(labelled.labels)
     with torch.no_grad():
-        probability = torch.softmax(judge(images), dim=1)
+        logits = torch.cat([judge(images * 2 - 1) for images, _ in Batches(labelled)])
+    probability = torch.softmax(logits, dim=1)
     own = probability.gather(1, labels[:, None])[:, 0]
     for label in range(len(counts)):
         judge.floor[label] = torch.quantile(own[labels == label], config.judge.quantile).clamp(max=config.judge.floor)
@@ -73,9 +72,8 @@ def calibrate(judge: Judge, labelled: ImageSet, config: Config) -> None:
 
 def _batches(labelled: ImageSet, batch_size: int, seed: int):
     """Endless random batches (images [B, C, H, W] in [0, 1], labels) drawn with replacement."""
-    images = torch.from_numpy(labelled.images).float() / 255
     labels = torch.from_numpy(labelled.labels)
     random = torch.Generator().manual_seed(seed)
     while True:
         chosen = torch.randint(len(labels), (batch_size,), generator=random)
-        yield images[chosen], labels[chosen]
+        yield pixels(labelled, chosen.numpy()), labels[chosen]

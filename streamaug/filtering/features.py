@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from streamaug.config import AugmentConfig
+from streamaug.data import Batches, ImageSet
 from streamaug.sampling.denoisers.base import Denoiser
 from streamaug.training.augment import augment
 
-_AUGMENTED = 20  # augmented copies of the labelled images that the probe is fitted on
+_AUGMENTED = 20  # augmented copies of the labelled images that the probe is fitted on, where they are few
+_READ = 20_000  # images the denoiser reads for that, about: the probe's steps do not look at more
+_AT_ONCE = 1024
 _STEPS, _BATCH, _LR, _WEIGHT_DECAY, _LABEL_SMOOTHING = 200, 128, 2e-3, 0.1, 0.1
 
 
@@ -67,12 +70,20 @@ class Probed(nn.Module):
         """The classifier of pixels alone, with or without a probe beside it."""
         return classifier.classifier if isinstance(classifier, Probed) else classifier
 
-    def fit_probe(self, images: torch.Tensor, labels: torch.Tensor, config: AugmentConfig, seed: int) -> None:
-        """Fit the probe on augmented copies of images [N, C, H, W] in [0, 1]: same arguments, same probe."""
+    def fit_probe(self, labelled: ImageSet, config: AugmentConfig, seed: int) -> None:
+        """Fit the probe on the images and augmented copies of them: same arguments, same probe."""
         random = torch.Generator().manual_seed(seed)
-        copies = [images, *(augment(images, config, random) for _ in range(_AUGMENTED))]
-        found = torch.cat([self.features(each) for each in copies])
-        targets = labels.repeat(len(copies))
+        if len(labelled) > _READ:
+            labelled = labelled.subset(torch.randperm(len(labelled), generator=random)[:_READ].sort().values.numpy())
+        copies = 1 + min(_AUGMENTED, _READ // len(labelled))
+        found = torch.cat(
+            [
+                self.features(augment(images, config, random) if copy else images)
+                for copy in range(copies)
+                for images, _ in Batches(labelled, _AT_ONCE)
+            ]
+        )
+        targets = torch.from_numpy(labelled.labels).repeat(copies)
         self.mean.copy_(found.mean(0))
         self.std.copy_(found.std(0) + 1e-3)
         found = (found - self.mean) / self.std

@@ -40,16 +40,17 @@ def train(
     config: TrainConfig,
     *,
     seed: int,
-    test: tuple[torch.Tensor, torch.Tensor] | None = None,
+    test: Iterable | None = None,
     eval_every: int | None = None,
     on_step: Callable[[int, float | None], None] | None = None,
     deadline_seconds: float | None = None,
 ) -> TrainResult:
     """Train `model` in place for config.steps optimizer steps (or until the deadline) on (images, labels) batches.
 
-    images: [B, C, H, W] in [0, 1]; labels: int64 [B], or probabilities [B, classes]; test: all evaluation images and
-    labels. AdamW with one learning-rate cycle. `on_step(step, accuracy or None)` is called after each step. Runs with
-    config.threads CPU threads: the producer has the others, and small networks gain nothing from more.
+    images: [B, C, H, W] in [0, 1]; labels: int64 [B], or probabilities [B, classes]; test: batches of the evaluation
+    images, gone through at each evaluation. AdamW with one learning-rate cycle. `on_step(step, accuracy or None)` is
+    called after each step. Runs with config.threads CPU threads: the producer has the others, and small networks gain
+    nothing from more.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
@@ -64,7 +65,7 @@ def _train(
     batches: Iterable,
     config: TrainConfig,
     seed: int,
-    test: tuple[torch.Tensor, torch.Tensor] | None,
+    test: Iterable | None,
     eval_every: int | None,
     on_step: Callable[[int, float | None], None] | None,
     deadline_seconds: float | None,
@@ -94,14 +95,14 @@ def _train(
         result.spans.append((step_began, time.monotonic()))
         reached = None
         if test is not None and eval_every and step % eval_every == 0 and step < config.steps:
-            reached = accuracy(model, *test)
+            reached = accuracy(model, test)
             result.curve.append((step, reached))
         if on_step:
             on_step(step, reached)
     result.steps = step
     result.seconds = time.monotonic() - began
     if test is not None:
-        result.accuracy = accuracy(model, *test)
+        result.accuracy = accuracy(model, test)
         result.curve.append((step, result.accuracy))
     return result
 
@@ -114,13 +115,13 @@ def one_cycle(progress: float, warm: float = 0.1) -> float:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 512) -> float:
-    """Share of images [N, C, H, W] in [0, 1] whose largest logit is the label's."""
+def accuracy(model: nn.Module, batches: Iterable) -> float:
+    """Share of images whose largest logit is the label's, of batches (images [B, C, H, W] in [0, 1], labels [B])."""
     was_training = model.training
     model.eval()
-    correct = 0
-    for at in range(0, len(images), batch_size):
-        chosen = model(images[at : at + batch_size]).argmax(1)
-        correct += int((chosen == labels[at : at + batch_size]).sum())
+    correct = seen = 0
+    for images, labels in batches:
+        correct += int((model(images).argmax(1) == labels).sum())
+        seen += len(labels)
     model.train(was_training)
-    return correct / max(len(images), 1)
+    return correct / max(seen, 1)

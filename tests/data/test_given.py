@@ -104,20 +104,6 @@ def test_only_class_names_give_three_empty_sets_that_know_them():
         load_splits(DataConfig(source="classes", class_names=["cat", "dog", "cat"]))
 
 
-def test_images_that_do_not_fit_into_memory_are_refused_before_one_is_read(monkeypatch):
-    monkeypatch.setattr("streamaug.data.source._free_bytes", lambda: 3 * 2**20)
-
-    class Many(list):
-        def __len__(self):
-            return 100_000
-
-        def __getitem__(self, i):
-            raise AssertionError("an image was read")
-
-    with pytest.raises(DataError, match=r"100000 images of 192 bytes each take 36.6 MiB .* 3.0 MiB are free"):
-        as_image_set(Many(), CONFIG)
-
-
 def test_free_memory_is_known_here_and_images_are_read_where_it_is_not(monkeypatch):
     from streamaug.data import source
 

@@ -47,11 +47,11 @@ def test_the_probe_learns_what_the_labelled_images_show(prepared):
     classifier = build_classifier("small_cnn", channels=1, image_size=8, num_classes=10)
     probed = Probed(classifier, prepared.features, 10).eval()
     pixels, labels = torch.from_numpy(data.images).float() / 255, torch.from_numpy(data.labels)
-    probed.fit_probe(pixels, labels, AugmentConfig(), seed=0)
+    probed.fit_probe(data, AugmentConfig(), seed=0)
     own = (probed.features(pixels) - probed.mean) / probed.std
     assert (probed.probe(own).argmax(1) == labels).float().mean() > 0.9
     again = Probed(classifier, prepared.features, 10)
-    again.fit_probe(pixels, labels, AugmentConfig(), seed=0)
+    again.fit_probe(data, AugmentConfig(), seed=0)
     assert torch.equal(again.probe.weight, probed.probe.weight)
 
 

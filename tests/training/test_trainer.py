@@ -31,7 +31,7 @@ def fit(**settings):
     torch.manual_seed(0)
     model = SmallCNN(1, 8, 2)
     config = TrainConfig(**{"steps": 30, "augment": STILL, **settings})
-    test = next(batches(seed=9, n=200))
+    test = [next(batches(seed=9, n=200))]
     return train(model, batches(), config, seed=0, test=test, eval_every=10), model
 
 
@@ -122,5 +122,6 @@ def test_accuracy_counts_and_restores_the_mode():
             return torch.tensor([[1.0, 0.0]]).expand(len(images), 2)
 
     model = Fixed().train()
-    assert accuracy(model, torch.zeros(10, 1, 2, 2), torch.tensor([0] * 7 + [1] * 3), batch_size=4) == 0.7
+    parts = [(torch.zeros(n, 1, 2, 2), torch.tensor(labels)) for n, labels in ((4, [0] * 4), (6, [0] * 3 + [1] * 3))]
+    assert accuracy(model, parts) == 0.7
     assert model.training
