@@ -55,7 +55,15 @@ def estimate_configured(config: Config, *, progress: Progress) -> run.Estimate:
     methods = methods_for(config, job.model, job.prompts, job.judge)
     path = bank_path(config, job.model, job.images)
     job.say_what_was_skipped()
-    return run.estimate(job.images, path, methods, model_digest=job.model.digest, shard_rows=config.bank.shard_rows)
+    return run.estimate(
+        job.images,
+        path,
+        methods,
+        model_digest=job.model.digest,
+        shard_rows=config.bank.shard_rows,
+        fit=config.data.fit,
+        others=_other_banks(config, path),
+    )
 
 
 def write_bank(
@@ -70,13 +78,15 @@ def write_bank(
 
     judge: what bank.score has the rows scored by.
     """
+    path = bank_path(config, model, images)
     return run.invert(
         images,
-        bank_path(config, model, images),
+        path,
         methods_for(config, model, prompts, judge),
         model_digest=model.digest,
         shard_rows=config.bank.shard_rows,
         fit=config.data.fit,
+        others=_other_banks(config, path),
         progress=_Reporter(progress),
     )
 
@@ -164,6 +174,11 @@ def bank_path(config: Config, model: ModelInfo, images: ImageSet) -> Path:
     if not path.exists():
         check_writable(config.cache)
     return path
+
+
+def _other_banks(config: Config, path: Path) -> list[Path]:
+    """The cache's other banks, where this one is in the cache: what they hold of it need not be made again."""
+    return sorted(set(config.cache.glob("bank-*")) - {path}) if config.bank.path is None else []
 
 
 @dataclass(frozen=True)

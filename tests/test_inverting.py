@@ -14,7 +14,8 @@ from streamaug.bank.edit import drop, merge
 from streamaug.cli import app
 from streamaug.config import Config, load
 from streamaug.errors import BankError, ConfigError, DataError, MismatchError, UsageError
-from streamaug.inverting import bank_path, invert_configured
+from streamaug.inversion import run
+from streamaug.inverting import bank_path, estimate_configured, invert_configured
 from streamaug.preparation import prepare
 from streamaug.progress import Silent
 from streamaug.stream import Stream
@@ -179,6 +180,30 @@ def test_settings_that_change_no_byte_of_the_bank_do_not_move_it_in_the_cache(ca
         assert bank_path(settings(cache, same), model, images) == where
     for other in ("bank.dtype=float32", "bank.methods=[encode, ddim]", "bank.shard_rows=64"):
         assert bank_path(settings(cache, other), model, images) != where
+
+
+def test_a_method_more_does_not_redo_the_others_in_the_cache(cache, monkeypatch):
+    first = invert_configured(settings(cache, "bank.methods=[encode]", "data.shots=4"), progress=Silent())
+    computed = []
+    compute = run._compute
+
+    def counted(method, *arguments):
+        computed.append(method.part.name)
+        return compute(method, *arguments)
+
+    monkeypatch.setattr(run, "_compute", counted)
+    more = settings(cache, "bank.methods=[encode,ddim]", "data.shots=4")
+    done = {each.name: each.done_rows for each in estimate_configured(more, progress=Silent()).methods}
+    assert done == {"encode": 40, "ddim": 0}
+    computed.clear()
+    second = invert_configured(more, progress=Silent())
+    assert set(computed) == {"ddim"} and second.path != first.path
+    assert torch.equal(second.tensor("latent"), first.tensor("latent"))
+    (first.path / "index.json").unlink()  # nothing is taken from files that no index vouches for
+    third = invert_configured(
+        settings(cache, "bank.methods=[encode]", "data.shots=4", "bank.shard_rows=64"), progress=Silent()
+    )
+    assert third.path not in (first.path, second.path) and set(computed) == {"ddim"}
 
 
 def test_a_bank_in_the_cache_whose_rows_were_dropped_is_trained_with_as_it_is(cache):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class BankWriter:
     Groups that an earlier run, finished or not, computed from the same sources, labels and settings are kept.
     """
 
-    def __init__(self, path: str | os.PathLike, plan: BankPlan):
-        """Make the folder and lock it.
+    def __init__(self, path: str | os.PathLike, plan: BankPlan, others: Iterable[Path] = ()):
+        """Make the folder and lock it. others: banks from which the groups that this one needs too are copied.
 
         Raises BankError when the plan has parts but no rows, or the folder cannot be written, holds something else,
         has a bank of another format version, or is being written by another process.
@@ -61,6 +61,8 @@ class BankWriter:
         self._forms: dict[str, dict[str, str]] = {}  # part -> dtype and shape of its tensors
         self._wanted = {mark for part in plan.parts for mark in plan.layout(part.name).fingerprints}
         self._stored: dict[str, tuple[Path, int, int]] = {}  # fingerprint -> its rows [start, stop) of a file
+        for other in others:
+            self._record_other(other)
         finished = {name for part in plan.parts for name in plan.layout(part.name).shard_names}
         for file in sorted(self._work.glob("*-group-*.safetensors")):
             self._record(file)
@@ -235,6 +237,14 @@ class BankWriter:
         data = shard_bytes(tensors, groups)
         write_atomically(file, data, self._work)
         self._checksums[file.name] = hashlib.sha256(data).hexdigest()
+
+    def _record_other(self, folder: Path) -> None:
+        """Note the wanted groups in another bank's files, where those are what its index says."""
+        checksums = _known_checksums(folder)
+        for file in sorted(data_files(folder)):
+            wanted = any(fingerprint in self._wanted for fingerprint, _ in groups_in(file))
+            if wanted and checksums.get(file.name) == sha256_of(file):
+                self._record(file)
 
     def _record(self, file: Path) -> None:
         """Note where the wanted groups among those a file lists are found."""

@@ -30,6 +30,7 @@ def invert(
     model_digest: str,
     shard_rows: int,
     fit: str = "crop",
+    others: Sequence[Path] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LatentBank:
     """Write the bank of `images` to the folder `path`, or open it when it is already there.
@@ -38,9 +39,9 @@ def invert(
     one method at least. A bank that is there and complete may hold other methods too; one that would lose a method by
     being written anew is refused. Without methods the bank has labels and source hashes alone, and may have no rows.
     Images that are there more than once are counted in the log. model_digest: identifies the model's weights. fit: how
-    the images were brought to their size, for comparing them with others later. progress: called with (method, rows
-    done, rows in all), first with what an earlier run left, then after every group. Raises BankError, and whatever a
-    method does.
+    the images were brought to their size, for comparing them with others later. others: banks that may hold groups
+    which this one needs too; those are copied. progress: called with (method, rows done, rows in all), first with what
+    an earlier run left, then after every group. Raises BankError, and whatever a method does.
     """
     plan = _plan(images, path, methods, model_digest, shard_rows, fit)
     report = progress or (lambda method, done, total: None)
@@ -51,7 +52,7 @@ def invert(
         return bank
     _refuse_to_lose(Path(path), plan)
     _count_duplicates(images)
-    with BankWriter(path, plan) as writer:
+    with BankWriter(path, plan, others) as writer:
         for method in methods:
             name = method.part.name
             done = writer.done_rows(name)
@@ -129,13 +130,14 @@ def estimate(
     model_digest: str,
     shard_rows: int,
     fit: str = "crop",
+    others: Sequence[Path] = (),
 ) -> Estimate:
     """What `invert` with the same arguments takes, measured on one group of each method, whose result is thrown away.
 
     Nothing is written. Raises BankError, and whatever a method does.
     """
     plan = _plan(images, path, methods, model_digest, shard_rows, fit)
-    stored = _stored_groups(Path(path))
+    stored = _stored_groups(Path(path)).union(*map(_stored_groups, others))
     found = []
     for method in methods:
         part = method.part
