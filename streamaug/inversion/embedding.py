@@ -6,6 +6,7 @@ are fitted together, for speed; their mean is the group's unconditional vector (
 """
 
 import hashlib
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from streamaug.bank import Checkpoint, Part
 from streamaug.config import Config, EmbeddingConfig
@@ -26,6 +28,7 @@ from streamaug.inversion.encode import Codec
 from streamaug.kernels.philox import normal
 from streamaug.orders import ORDER_DTYPE, OrderBatch
 from streamaug.sampling.denoisers import FAMILIES, Denoiser, LoadSettings, ModelInfo, load, load_scheduler
+from streamaug.sampling.denoisers.base import NULL
 from streamaug.sampling.denoisers.prompts import PromptTable
 from streamaug.sampling.solvers.schedulers import configured, kind, make_scheduler, setting
 
@@ -84,6 +87,7 @@ class Embedding:
             },
             group_rows=self._settings.group_rows,
             dtype=config.bank.dtype,
+            row_bytes=0 if prompts is None else _row_bytes(prompts, self._settings.tokens, config.bank.dtype),
         )
 
     def compute(
@@ -360,6 +364,17 @@ def _digest_of_start(prompts: Path) -> str:
     for name in sorted(table.embeddings):
         digest.update(name.encode() + table.embeddings[name][:, 0].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _row_bytes(prompts: Path, tokens: int, dtype: str) -> int:
+    """What an image's embedding takes in the bank."""
+    elements = 0
+    with safe_open(prompts, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            shape = file.get_slice(name).get_shape()[2:]  # after classes and templates
+            if not name.startswith(NULL):
+                elements += math.prod([min(tokens, shape[0]), *shape[1:]] if name == "tokens" else shape)
+    return elements * getattr(torch, dtype).itemsize
 
 
 @contextmanager

@@ -307,6 +307,8 @@ def test_models_that_take_prompts_have_tokens_for_each_image(tmp_path, family):
     found = made.compute(images, np.array([1, 0]), np.arange(2), Kept())
     rows = {name: value for name, value in found.items() if "." not in name}
     assert rows.keys() == shapes.keys()
+    # By which shards are kept from growing, for a row may have megabytes.
+    assert made.part.row_bytes == sum(value[0].numel() * made.part.torch_dtype.itemsize for value in rows.values())
     for name, value in rows.items():
         assert all(size in (None, given) for size, given in zip(shapes[name], value.shape[1:], strict=True)), (
             value.shape
