@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from streamaug.loader import StreamLoader as StreamLoader
     from streamaug.loader import StreamNode as StreamNode
     from streamaug.loader import mixed_cross_entropy as mixed_cross_entropy
+    from streamaug.loader import mixed_weights as mixed_weights
+    from streamaug.loader import ratios as ratios
     from streamaug.loader import stream_source as stream_source
     from streamaug.orders import OrderBatch as OrderBatch
     from streamaug.orders import Planner as Planner
@@ -52,7 +54,9 @@ _PUBLIC = {
     "invert": "streamaug.inverting",
     "load": "streamaug.config",
     "mixed_cross_entropy": "streamaug.loader",
+    "mixed_weights": "streamaug.loader",
     "prepare": "streamaug.preparation",
+    "ratios": "streamaug.loader",
     "stream_source": "streamaug.loader",
 }
 __all__ = sorted(_PUBLIC)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from streamaug.errors import ConfigError, nearest
 
@@ -120,6 +120,10 @@ class ModelConfig(Section):
     class_tokens: list[ConfigPath] = []  # safetensors of textual-inversion embeddings, whose tokens prompts may use
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # share of the schedule in which guidance acts
     guidance_rescale: Fraction = 0.0  # draws the guided output's contrast towards the conditional one's
+    embedded_guidance: Annotated[float, Field(ge=0)] | None = None  # what models that take a scale as an input are
+    # told; recipes' guidance then leads away from negative_prompt, at twice the cost (Flux's "true CFG")
+    original_size: Annotated[int, Field(ge=1)] | None = None  # SDXL: pixels a side its images are asked to have had;
+    target_size: Annotated[int, Field(ge=1)] | None = None  # and to be cropped to; null: its own, or image_size if more
     tiny_vae: ConfigPath | None = None  # folder of an AutoencoderTiny that decodes instead of the model's own
     upscaler: ConfigPath | None = None  # folder of an IFSuperResolutionPipeline that enlarges the model's images
     upscaler_steps: Annotated[int, Field(ge=1, le=1000)] = 50  # of the scheduler that the upscaler was saved with
@@ -312,9 +316,12 @@ class StreamConfig(Section):
     in_flight: Annotated[int, Field(ge=1)] = 4  # order batches issued ahead; independent of producers
     producers: Annotated[int, Field(ge=1)] = 1
     backend: Literal["auto", "local", "process"] = "auto"
+    start_method: Literal["auto", "spawn", "forkserver"] = "auto"  # of producers' processes
     threads: Annotated[int, Field(ge=1)] = 1  # CPU threads per producer
     nice: Annotated[int, Field(ge=0, le=19)] = 0
-    memory: Literal["auto", "memfd", "shm", "file"] = "auto"
+    devices: list[Annotated[int, Field(ge=0)] | str] = []  # GPUs, by index or UUID, dealt out to producers in turn
+    memory: Literal["auto", "memfd", "shm", "file", "pinned", "cuda"] = "auto"
+    huge_pages: bool = False  # for host memory, where the system has them
     starved: Literal["wait", "reuse", "real"] = "wait"
     max_reuse: Annotated[int, Field(ge=1)] = 4
     in_order: bool = True
@@ -328,9 +335,63 @@ class StreamConfig(Section):
 
 
 class LoaderConfig(Section):
-    ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # synthetic share of the delivered batch
+    """How synthetic images enter the batch.
+
+    ratio: the synthetic share of what is delivered: a number; or for each class ({cat: 0.5, default: 0.2}); or a
+    schedule by delivered batches ({schedule: warmup, ratio: 0.5, steps: 1000} or {schedule: cosine, ...}).
+    """
+
+    ratio: float | dict[str | int, Any] = 0.5
     mode: Literal["replace", "append"] = "replace"
     displaced: Literal["drop", "defer"] = "drop"
+
+    @property
+    def peak_ratio(self) -> float:
+        """The largest share that any class gets, or that the schedule reaches."""
+        if not isinstance(self.ratio, dict):
+            return self.ratio
+        names = {"ratio", "start", "end"} if "schedule" in self.ratio else set(self.ratio)
+        return max(float(self.ratio[name]) for name in names & set(self.ratio))
+
+    @field_validator("ratio", mode="plain")
+    @classmethod
+    def _is_a_ratio(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return cls._share(value)
+        if "schedule" not in value:
+            if not value:
+                raise ValueError("a mapping of classes to shares is empty; {default: 0.5} names all classes")
+            return {key: cls._share(share, f"class {key!r}: ") for key, share in value.items()}
+        keys = {"warmup": {"ratio", "steps", "start"}, "cosine": {"ratio", "steps", "end", "warmup"}}
+        kind = value["schedule"]
+        if not isinstance(kind, str) or kind not in keys:
+            raise ValueError(f"schedule {kind!r}: accepted are warmup and cosine{nearest(str(kind), keys)}")
+        for name in value.keys() - {"schedule"}:
+            if name not in keys[kind]:
+                accepted = ", ".join(sorted(keys[kind]))
+                raise ValueError(f"schedule {kind} takes no {name!r}{nearest(str(name), keys[kind])}: {accepted}")
+        for name in ("ratio", "steps"):
+            if name not in value:
+                raise ValueError(f"schedule {kind} needs {name}: {{schedule: {kind}, ratio: 0.5, steps: 1000}}")
+        steps, warmup = value["steps"], value.get("warmup", 0)
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps is a number of batches from 1, got {steps!r}")
+        if not isinstance(warmup, int) or not 0 <= warmup < steps:
+            raise ValueError(f"warmup is a number of batches from 0 to below steps, got {warmup!r}")
+        shares = {name: cls._share(value[name], f"{name}: ") for name in ("ratio", "start", "end") if name in value}
+        return {**value, **shares}
+
+    @staticmethod
+    def _share(value: Any, what: str = "") -> float:
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{what}expected a number in [0, 1), got {value!r}") from None
+        if not share >= 0:
+            raise ValueError(f"{what}input should be greater than or equal to 0, got {value!r}")
+        if share >= 1:
+            raise ValueError(f"{what}input should be less than 1, got {value!r}")
+        return share
 
 
 class AugmentConfig(Section):

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from streamaug.loader.losses import mixed_cross_entropy
-from streamaug.loader.stream_loader import LoaderStats, StreamLoader
+from streamaug.loader import ratios
+from streamaug.loader.losses import mixed_cross_entropy, mixed_weights
+from streamaug.loader.stats import LoaderStats
+from streamaug.loader.stream_loader import StreamLoader
 
 if TYPE_CHECKING:
     from streamaug.loader.dali import DALIStreamLoader as DALIStreamLoader
@@ -18,6 +20,8 @@ __all__ = [
     "StreamLoader",
     "StreamNode",
     "mixed_cross_entropy",
+    "mixed_weights",
+    "ratios",
     "stream_source",
 ]
 

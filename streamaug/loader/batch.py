@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from streamaug.errors import MismatchError, UsageError, nearest
+from streamaug.loader.appearance import name_of
 
 Key = int | str
 IDS_KEY = "synthetic_ids"
@@ -177,7 +178,8 @@ def _find_images(fields: dict[Key, Any]) -> Key:
     if named or candidates:
         return (named or candidates)[0]
     raise MismatchError(
-        f"no images found in the batch ({_summary(fields)}); expected a tensor [n, C, H, W], or name it: image_key="
+        f"no images found in the batch ({_summary(fields)}); expected a tensor [n, C, H, W]{_conversion(fields)}, or "
+        "name it: image_key="
     )
 
 
@@ -193,10 +195,30 @@ def _find_labels(fields: dict[Key, Any], image_key: Key) -> Key:
     named = [name for name in _LABEL_NAMES if name in candidates]
     if named or candidates:
         return (named or candidates)[0]
+    if fields[image_key].ndim == 3 and any(_is_number(value) for value in fields.values()):
+        raise MismatchError(
+            f"the real loader yields single samples ({_summary(fields)}) and batches are needed: wrap a DataLoader "
+            "with a batch_size (batch_size=None is for datasets that yield whole batches)"
+        )
     raise MismatchError(
         f"a batch without labels ({_summary(fields)}); expected integers [n] or one-hot/soft labels [n, "
-        "classes] beside the images, or name the field: label_key="
+        f"classes] beside the images{_conversion(fields)}, or name the field: label_key="
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, torch.Tensor) and value.ndim == 0)
+
+
+def _conversion(fields: Mapping[Key, Any]) -> str:
+    """How to make tensors of what is none, where that may be what is missing."""
+    if all(isinstance(value, Mapping) for value in fields.values()):
+        return " (samples: torch.utils.data.default_collate makes a batch of them)"
+    if any(isinstance(value, np.ndarray) for value in fields.values()):
+        return " (arrays: torch.from_numpy in the collate_fn)"
+    if any(isinstance(value, list | tuple) for value in fields.values()):
+        return ' (lists: torch.tensor in the collate_fn; Hugging Face datasets: with_format("torch"))'
+    return ""
 
 
 def _summary(fields: Mapping[Key, Any]) -> str:
@@ -205,5 +227,5 @@ def _summary(fields: Mapping[Key, Any]) -> str:
 
 def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        return f"{name_of(value.dtype)} {list(value.shape)}"
     return f"a {type(value).__name__}"

@@ -3,6 +3,7 @@
 Pure Python and numpy: no torch, no clock, no global random state.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,6 +13,8 @@ from math import floor
 import numpy as np
 
 from streamaug.errors import UsageError
+
+logger = logging.getLogger("streamaug")
 
 _HALF = Fraction(1, 2)
 
@@ -82,6 +85,22 @@ def deferred_length(rows: int, size: int, debt: Fraction, ratio_at: Callable[[in
     return batches
 
 
+def say_resolution(ratio: Fraction, total: int, debt: Fraction) -> None:
+    """Log it where a delivered batch of `total` images has less than one synthetic image's worth of the ratio."""
+    asked = ratio * total
+    if 0 < asked < 1:
+        logger.warning(
+            "ratio %g of a batch of %d images is %.3g of a synthetic image: one comes every %.3g batches. The "
+            "remainder is carried (%.3g after this batch), so that the share is exact over time; larger batches spread "
+            "it evenly",
+            float(ratio),
+            total,
+            float(asked),
+            float(1 / asked),
+            float(debt),
+        )
+
+
 def places(key: tuple[int, ...], total: int, count: int) -> np.ndarray:
     """int64 [count]: distinct places in a batch of `total`, drawn by `key` (seed, rank, step) alone."""
     return np.random.default_rng(key).permutation(total)[:count]
@@ -90,3 +109,8 @@ def places(key: tuple[int, ...], total: int, count: int) -> np.ndarray:
 def image_seeds(key: tuple[int, ...], count: int) -> list[int]:
     """One seed per image for transforms that draw, independent of `places` under the same key."""
     return np.random.SeedSequence((*key, 1)).generate_state(count, np.uint64).tolist()
+
+
+def batch_seed(key: tuple[int, ...]) -> int:
+    """A seed for what is drawn once for a whole batch, independent of the others under the same key."""
+    return int(np.random.SeedSequence((*key, 2)).generate_state(1, np.uint64)[0])

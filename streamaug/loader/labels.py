@@ -99,6 +99,16 @@ def find_attribute(dataset: Any, name: str) -> Any:
     return None
 
 
+def class_names_of(dataset: Any) -> list[str] | None:
+    """Names of the labels in order: a dataset's `classes`, or those of a Hugging Face dataset's label column."""
+    names = find_attribute(dataset, "classes")
+    if not isinstance(names, list | tuple):
+        features = find_attribute(dataset, "features")
+        columns = features.values() if isinstance(features, dict) else ()
+        names = next((feature.names for feature in columns if hasattr(feature, "names")), None)
+    return [str(name) for name in names] if names else None
+
+
 def _form(labels: torch.Tensor) -> str:
     kind = "one-hot integers" if labels.ndim == 2 else "integers"
     return f"{kind} ({str(labels.dtype).removeprefix('torch.')})"

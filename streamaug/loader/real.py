@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from streamaug.errors import UsageError
+
 logger = logging.getLogger("streamaug")
 
 RandomState = dict[str, torch.Tensor]
@@ -48,6 +50,11 @@ class RealEpochs:
         for batch in batches:
             self.pulled += 1
             yield batch
+        if self.pulled == 0 and isinstance(self.loader, Iterator):
+            raise UsageError(
+                f"the real loader is an iterator ({type(self.loader).__name__}) that was read to its end, and there is "
+                "no next epoch in it: pass the loader or the list that it was made of"
+            )
         self.finished = True
 
     def close_epoch(self) -> None:

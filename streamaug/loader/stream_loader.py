@@ -6,23 +6,28 @@ The last stage of the picture: `Stream.take` and the real loader before it, the 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler
 
 from streamaug.config import LoaderConfig
-from streamaug.errors import MismatchError, StateError, UsageError, nearest
+from streamaug.errors import UsageError
+from streamaug.loader import arguments, deferring, state
 from streamaug.loader import batch as batches
-from streamaug.loader.batch import Key, Layout
-from streamaug.loader.interleave import Share, deferred_length, deferred_split, exact, places
-from streamaug.loader.labels import Labels, find_attribute
+from streamaug.loader.batch import Key
+from streamaug.loader.compose import Composer, Fill, Options
+from streamaug.loader.deferring import Deferred
+from streamaug.loader.frequencies import Classes
+from streamaug.loader.interleave import Share, say_resolution
 from streamaug.loader.ranks import check_real, check_stream, own_state
+from streamaug.loader.ratios import Ratio, Shares, from_config
 from streamaug.loader.real import RealEpochs, samplers
+from streamaug.loader.rest import RestOfEpoch
+from streamaug.loader.stats import COUNTS, LoaderStats
 from streamaug.loader.transforms import Converter, Normalize
 
 if TYPE_CHECKING:
@@ -30,32 +35,6 @@ if TYPE_CHECKING:
     from streamaug.stream.stream import Stream
 
 logger = logging.getLogger("streamaug")
-
-Ratio = float | Callable[[int], float]
-Fill = Callable[[Key, "SynthBatch"], Any]
-_STATE_VERSION = 1
-
-
-@dataclass
-class LoaderStats:
-    """Images delivered since the run began, and seconds spent since this process began."""
-
-    batches: int = 0
-    real: int = 0
-    synthetic: int = 0
-    displaced: int = 0  # real images dropped to make room
-    shortfall: int = 0  # synthetic images planned but not there (`starved: real`)
-    take_seconds: float = 0.0  # in Stream.take, waiting included
-    transform_seconds: float = 0.0
-    mix_seconds: float = 0.0
-
-    @property
-    def realised_ratio(self) -> float:
-        delivered = self.real + self.synthetic
-        return self.synthetic / delivered if delivered else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"realised_ratio": self.realised_ratio}
 
 
 class StreamLoader:
@@ -69,9 +48,13 @@ class StreamLoader:
         tensors: (images, labels, ...) as tuple, list or named tuple, or a mapping. It is read unchanged and
         never copied. None with `epoch_steps=` delivers synthetic batches only.
     ratio: synthetic share of the delivered batch in [0, 1), exact over time (the remainder is carried); or a
-        function of the step (batches delivered so far). None takes the stream's configuration. It can be set
-        while training (`loader.ratio = 0`); at 0 the batches are the real loader's own objects and the stream
-        is not touched.
+        function of the step (batches delivered so far), such as `ratios.warmup` and `ratios.cosine` make; or one
+        share for each class, {"cat": 0.5, "default": 0.1}, by name or real label: of what is delivered of that class
+        so much is synthetic. That sets the share of the whole and, by `Stream.replan`, the class weights of the
+        stream; the whole is exact, each class follows as the stream's classes follow their weights (the judge's
+        rejections are made up for; `Stream.feedback` moves them within its bounds). Real images make room whatever
+        their class. None takes the stream's configuration. It can be set while training (`loader.ratio = 0`) and is
+        then part of the state; at 0 the batches are the real loader's own objects and the stream is not touched.
     mode: "replace" keeps the batch size and puts synthetic images in the place of real ones; "append" adds
         them.
     displaced: what becomes of the real images replaced. "drop" counts them; the epoch has as many batches as
@@ -81,18 +64,25 @@ class StreamLoader:
         one; a function uint8 tensor [C, H, W] -> tensor; None converts to the real dtype and range. Draws
         from torch's generator inside it are keyed by (seed, rank, step) and leave the global generator alone;
         draws from `random` or numpy are not. Runs in `transform_workers` threads; its cost is in `stats()`.
-    normalize: (mean, std) per channel, for pixels in [0, 1], where no transform is used.
+    batch_transform: for all synthetic images of a batch at once, on the device of the real batch: a function uint8
+        tensor [n, C, H, W] -> tensor, such as torchvision's v2 transforms, which then draw once for all of them. In
+        place of the dataset's transform, after a `transform` function. What it leaves uint8 is scaled, normalised and
+        cast on the device in one pass.
+    normalize: (mean, std) per channel, for pixels in [0, 1], where no transform makes floats.
     seed: decides where synthetic images stand in a batch.
     with_ids: adds int64 [n] ids, on the CPU, as the last field ("synthetic_ids" in a mapping); −1 is real.
     image_key, label_key: the fields of the batch (a position or a name); found at the first batch where not
         given.
     fill: values of a batch's other fields for synthetic images: `fill(key, synth_batch)` -> tensor or list.
     classes: names of the real labels in order, where the dataset has no `classes` or calls them differently.
-    batch_size: images per batch where real_loader is None (the stream's batch size by default).
+    class_counts: how many real images each class has, by real label, at any scale, for a ratio by class; read from
+        the dataset and its sampler where not given, and taken as equal where these do not say.
+    epoch_steps, batch_size, soft_labels: where real_loader is None, batches in an epoch, images per batch (the
+        stream's by default), and labels as float [n, classes] for recipes that mix classes.
 
     Raises UsageError for arguments that cannot be used and, at the first mixed batch, MismatchError where
-    real and synthetic images or labels do not agree. Of several iterators of one loader only the newest may
-    go on.
+    real and synthetic images or labels do not agree. Where the first images of both sides differ much in brightness
+    or contrast it warns and saves a picture. Of several iterators of one loader only the newest may go on.
 
     Under torch.distributed each rank wraps its own share of the real images, and its stream is made with that
     rank and world_size.
@@ -107,6 +97,7 @@ class StreamLoader:
         *,
         displaced: Literal["drop", "defer"] | None = None,
         transform: Callable | Literal["dataset"] | None = "dataset",
+        batch_transform: Callable | None = None,
         normalize: Normalize | None = None,
         seed: int = 0,
         with_ids: bool = False,
@@ -114,47 +105,68 @@ class StreamLoader:
         label_key: Key | None = None,
         fill: Fill | None = None,
         classes: Sequence[str] | None = None,
+        class_counts: Sequence[float] | None = None,
         transform_workers: int | None = None,
         epoch_steps: int | None = None,
         batch_size: int | None = None,
+        soft_labels: bool = False,
     ):
-        if not hasattr(stream, "take"):
-            raise UsageError(
-                f"StreamLoader(real_loader, stream): the second argument is a Stream, got a {type(stream).__name__}"
-            )
+        arguments.check_stream(stream)
+        arguments.check_transforms(transform, batch_transform)
         defaults = stream.loader_config or LoaderConfig()
         self.stream = stream
-        self.mode = _one_of("mode", mode or defaults.mode, ("replace", "append"))
-        self.displaced = _one_of("displaced", displaced or defaults.displaced, ("drop", "defer"))
+        self.mode = arguments.one_of("mode", mode or defaults.mode, ("replace", "append"))
+        self.displaced = arguments.one_of("displaced", displaced or defaults.displaced, ("drop", "defer"))
         self.seed = int(seed)
         self.with_ids = with_ids
         self.epoch_steps = epoch_steps
         self._real = None if real_loader is None else RealEpochs(real_loader)
-        self._defers = self._real is not None and self.mode == "replace" and self.displaced == "defer"
-        self._transform, self._normalize, self._workers = transform, normalize, transform_workers
-        self._image_key, self._label_key, self._fill, self._classes = image_key, label_key, fill, classes
-        self._check_arguments(ratio, displaced, batch_size)
-        # Images per delivered batch: without real images, and under "defer" (0 until the first batch tells).
-        self._size: int = batch_size or stream.config.batch_size
-        if self._real is not None:
-            self._size = getattr(real_loader, "batch_size", None) or 0
+        self._classes, self._class_counts = classes, class_counts
+        self._stats = LoaderStats()
+        options = Options(
+            transform=transform,
+            batch_transform=batch_transform,
+            normalize=normalize,
+            transform_workers=transform_workers,
+            image_key=image_key,
+            label_key=label_key,
+            fill=fill,
+            classes=classes,
+            with_ids=with_ids,
+            soft_labels=soft_labels,
+        )
+        self._composer = Composer(stream, options, self._stats)
+        self._deferred: Deferred | None = None
+        self._size: int = batch_size or stream.config.batch_size  # without real images
+        if self._real is None:
+            arguments.check_synthetic_only(ratio is not None, epoch_steps, stream.config)
+        else:
+            arguments.check_real_loader(real_loader)
+            arguments.check_mixed(
+                mode=self.mode,
+                displaced=self.displaced,
+                displaced_given=displaced is not None,
+                epoch_steps=epoch_steps,
+                batch_size=batch_size,
+                soft_labels=soft_labels,
+                config=stream.config,
+            )
+            if self.mode == "replace" and self.displaced == "defer":
+                self._deferred = Deferred(_batch_size(real_loader), self._composer.layout_of)
             self.ratio = defaults.ratio if ratio is None else ratio
+            self._given_ratio = self.ratio
 
         self._share = Share()
-        self._stats = LoaderStats()
+        self._class_weights: list[float] | None = None  # the stream's plan as this loader set it
         self._epoch = 0
         self._batch = 0  # delivered in this epoch
         self._step = 0  # delivered in this run
         self._epoch_debt, self._epoch_step = Fraction(), 0  # as the epoch began
-        self._waiting: Any = None  # "defer": a batch of real images read and not yet delivered
-
-        self._layout: Layout | None = None
-        self._labels: Labels | None = None
-        self._converter: Converter | None = None
         self._touched = False  # the stream
         self._closed = False
         self._resumed = False
         self._mid_step = False
+        self._resolution_said = False
         self._running: object | None = None
         _meet_accelerate()
 
@@ -162,24 +174,26 @@ class StreamLoader:
 
     @property
     def ratio(self) -> Ratio:
-        return self._ratio
+        return self._shares.ratio
 
     @ratio.setter
     def ratio(self, value: Ratio) -> None:
         if self._real is None:
             raise UsageError("a loader without real images delivers synthetic ones only: it has no ratio to set")
-        self._ratio, self._fixed = value, None if callable(value) else exact(value)
+        classes = Classes(self.stream.class_names, self.real_loader, self._classes, self._class_counts)
+        self._shares = Shares(from_config(value), classes.names, classes.real_names, classes.real_counts)
+        self._fixed = self._shares.fixed
+        if self._fixed is not None:
+            self.stream.asked_ratio = float(self._fixed)
 
     def __len__(self) -> int:
         """Batches in an epoch: the real loader's length, longer under `displaced="defer"`."""
         if self._real is None:
             assert self.epoch_steps is not None
             return self.epoch_steps
-        length = len(self._real.loader)
-        if not self._defers:
-            return length
-        rows, size = _epoch_rows(self._real.loader, length)
-        return deferred_length(rows, size, self._epoch_debt, self._ratio_at, self._epoch_step)
+        if self._deferred is None:
+            return len(self._real.loader)
+        return deferring.length(self._real.loader, self._epoch_debt, self._shares.at, self._epoch_step)
 
     def __getattr__(self, name: str) -> Any:
         """What is public and not the wrapper's own is the real loader's: dataset, batch_size, sampler, ..."""
@@ -199,17 +213,20 @@ class StreamLoader:
         """Wrap another loader of the same images, such as one made for this rank; before the first batch."""
         if self._step or self._resumed:
             raise UsageError("the real loader can be replaced before the first batch only")
+        arguments.check_real_loader(real_loader)
         self._real = RealEpochs(real_loader)
-        self._size = getattr(real_loader, "batch_size", None) or 0
+        if self._deferred is not None:
+            self._deferred.size = _batch_size(real_loader)
 
     def labels_and_ids(self, batch: Any) -> tuple[Any, Any]:
         """Of a delivered batch, for `stream.feedback`: integer labels [n] as the stream numbers its classes, and
         ids [n] (None without `with_ids`)."""
         fields = batches.fields_of(batch)
-        labels = fields[self._find_layout(batch).label_key]
+        labels = fields[self._composer.layout_of(batch).label_key]
         labels = labels.argmax(1) if labels.ndim == 2 else labels
-        if self._labels is not None and self._labels.mapping is not None:
-            labels = torch.from_numpy(np.argsort(self._labels.mapping))[labels.cpu()]
+        names = self._composer.labels
+        if names is not None and names.mapping is not None:
+            labels = torch.from_numpy(np.argsort(names.mapping))[labels.cpu()]
         ids = fields.get(batches.IDS_KEY, fields.get(len(fields) - 1)) if self.with_ids else None
         return labels, ids
 
@@ -236,14 +253,13 @@ class StreamLoader:
 
     def stats(self) -> LoaderStats:
         """Images delivered and seconds spent up to now."""
-        seconds = self._converter.seconds if self._converter else 0.0
-        return replace(self._stats, transform_seconds=seconds)
+        converter = self._composer.converter
+        return replace(self._stats, transform_seconds=converter.seconds if converter else 0.0)
 
     def close(self) -> None:
         """End the iteration. The stream stays open: other loaders may be reading it."""
         self._closed = True
-        if self._converter is not None:
-            self._converter.close()
+        self._composer.close()
 
     # Iteration.
 
@@ -251,7 +267,7 @@ class StreamLoader:
         """One epoch. Lazy: nothing starts before the first batch is asked for."""
         return self._iterate(0)
 
-    def from_batch(self, first: int) -> "RestOfEpoch":
+    def from_batch(self, first: int) -> RestOfEpoch:
         """The epoch from batch `first` (counted from 0) on, for scripts that pass over what was done before a resume.
 
         A loader resumed by its state is there already. Another one reads the real batches before it and leaves
@@ -287,7 +303,7 @@ class StreamLoader:
             return self._synthetic_only(first)
         if self._step == 0:
             check_real(self._real.loader)
-        return self._deferring(self._real, first) if self._defers else self._dropping(self._real, first)
+        return self._dropping(self._real, first) if self._deferred is None else self._deferring(self._real, first)
 
     def _passed(self, first: int) -> bool:
         """Whether the batch at hand is before the first one wanted; it then counts as delivered."""
@@ -300,103 +316,68 @@ class StreamLoader:
     def _end_epoch(self) -> None:
         self._epoch += 1
         self._batch = 0
-        self._waiting = None
         self._epoch_debt, self._epoch_step = self._share.debt, self._step
         self._mid_step = False
+        if self._deferred is not None:
+            self._deferred.waiting = None
         if self._real is not None:
             self._real.close_epoch()
 
     def _dropping(self, real: RealEpochs, first: int) -> Iterator[Any]:
         """As many batches as the real loader has; in "replace" what is displaced is dropped."""
+        replaces = self.mode == "replace"
         for batch in real.epoch():
-            count, ratio = batches.count_rows(batch), self._ratio_at(self._step)
-            if ratio and not count:
-                batches.fields_of(batch)  # not a batch at all: no reason to train on in silence
-            if not ratio:
-                planned = 0
-            elif self.mode == "replace":
-                planned = self._share.of_total(count, ratio)
-            else:
-                planned = self._share.beside(count, ratio)
+            ratio = self._fixed if self._fixed is not None else self._shares.at(self._step)
+            count = batches.count_rows(batch)
+            planned = 0
+            if ratio:
+                if not count:
+                    self._composer.layout_of(batch)  # not a batch at all: no reason to train on in silence
+                planned = self._share.of_total(count, ratio) if replaces else self._share.beside(count, ratio)
+                self._say_resolution(count, planned)
             if self._passed(first):
                 continue
-            yield self._compose(batch, count, planned, total=count if self.mode == "replace" else None)
+            yield self._compose(batch, count, planned, total=count if replaces else None)
 
     def _deferring(self, real: RealEpochs, first: int) -> Iterator[Any]:
-        """Every real image once: read a batch only when fewer than a batch's worth of images wait."""
-        source = real.epoch()
-        while True:
-            held = batches.count_rows(self._waiting) if self._waiting is not None else 0
-            while not self._size or held < self._size:
-                batch = next(source, None)
-                if batch is None:
-                    break
-                held += batches.count_rows(batch)
-                self._size = self._size or held
-                self._waiting = batch if self._waiting is None else self._joined(self._waiting, batch)
-            if not held:
-                return
-            left = held if held < self._size else None
-            count, planned = deferred_split(self._share, self._size, left, self._ratio_at(self._step))
-            front = self._waiting
-            if count < held:
-                front, self._waiting = self._split(self._waiting, count, held)
-            else:
-                self._waiting = None
+        """Every real image once, in longer epochs."""
+        assert self._deferred is not None
+        for batch, count, planned in self._deferred.split(
+            real.epoch(), self._share, lambda: self._shares.at(self._step)
+        ):
+            self._say_resolution(count, planned)
             if self._passed(first):
                 continue
-            yield self._compose(front, count, planned, total=None)
+            yield self._compose(batch, count, planned, total=None)
 
     def _synthetic_only(self, first: int) -> Iterator[Any]:
         assert self.epoch_steps is not None
-        if self._converter is None:
-            given = None if self._transform == "dataset" else self._transform
-            self._converter = self._make_converter(None, given, from_dataset=False)
         for _ in range(self._batch, self.epoch_steps):
             if self._passed(first):
                 continue
-            synthetic = self._take(self._size)
-            images = self._converter(synthetic.images, self._step_key())
-            labels = torch.from_numpy(synthetic.labels)
-            self._stats.synthetic += len(labels)
-            yield (images, labels, torch.from_numpy(synthetic.ids)) if self.with_ids else (images, labels)
+            yield self._composer.synthetic_only(self._take(self._size), self._step_key(), self._make_converter)
+
+    def _say_resolution(self, count: int, planned: int) -> None:
+        """Once, and not of a schedule, which may begin small."""
+        if not self._resolution_said and self._shares.is_fixed:
+            self._resolution_said = True
+            ratio = self._shares.at(self._step)
+            total = count if self.mode == "replace" and self._deferred is None else count + planned
+            say_resolution(ratio, total, self._share.debt)
 
     def _compose(self, batch: Any, count: int, planned: int, total: int | None) -> Any:
         """`count` real images with `planned` synthetic ones: `total` in all, or added where it is None."""
-        synthetic = None
-        if planned:
-            self._prepare(batch)
-            synthetic = self._take(planned)
-        if synthetic is None or len(synthetic.ids) == 0:
-            self._stats.real += count
-            return batches.rebuild(batch, {}, _no_ids(count)) if self.with_ids else batch
-        assert self._layout is not None and self._converter is not None and self._labels is not None
-        real = self._layout.rows(batch)
-        labels = real[self._layout.label_key]
-        if labels.device.type == "cpu":
-            self._labels.check(labels)
-        made = {
-            self._layout.image_key: self._converter(synthetic.images, self._step_key()),
-            self._layout.label_key: self._labels.encode(synthetic, labels),
-        }
-        for key in self._layout.extra:
-            made[key] = self._filled(key, synthetic, real[key])
-
-        began = time.perf_counter()
-        got = len(synthetic.ids)
-        total = total or count + got
-        at = places(self._step_key(), total, got)
-        merged = {key: batches.mix(real[key], made[key], at, total) for key in real}
-        ids = None
-        if self.with_ids:
-            ids = _no_ids(total)
-            ids[torch.from_numpy(at)] = torch.from_numpy(synthetic.ids)
-        self._stats.real += total - got
-        self._stats.synthetic += got
-        self._stats.displaced += count + got - total
-        merged_batch = batches.rebuild(batch, merged, ids)
-        self._stats.mix_seconds += time.perf_counter() - began
-        return merged_batch
+        if not planned:
+            return self._composer.real_only(batch, count)
+        if self._fixed is None:
+            self.stream.asked_ratio = float(self._shares.at(self._step))
+        self._composer.prepare(batch, getattr(self.real_loader, "dataset", None), self._make_converter)
+        if self._shares.class_weights() != self._class_weights:
+            self._follow_classes()
+        synthetic = self._take(planned)
+        if len(synthetic.ids) == 0:
+            return self._composer.real_only(batch, count)
+        return self._composer.merge(batch, count, synthetic, total, self._step_key())
 
     def _take(self, count: int) -> "SynthBatch":
         if not self._touched:
@@ -411,72 +392,23 @@ class StreamLoader:
     def _step_key(self) -> tuple[int, ...]:
         return self.seed % 2**64, int(self.stream.rank), self._step
 
-    def _ratio_at(self, step: int) -> Fraction:
-        if self._fixed is not None:
-            return self._fixed
-        return exact(self._ratio(step))  # type: ignore[operator]
-
-    # The real batch's structure, and the first batch's check.
-
-    def _find_layout(self, batch: Any) -> Layout:
-        if self._layout is None:
-            self._layout = Layout.detect(batch, self._image_key, self._label_key)
-            logger.info(
-                "images are field %r of the batch, labels field %r",
-                self._layout.image_key,
-                self._layout.label_key,
-            )
-        return self._layout
-
-    def _joined(self, first: Any, second: Any) -> Any:
-        layout = self._find_layout(first)
-        return batches.rebuild(second, batches.concatenate(layout.rows(first), layout.rows(second)), None)
-
-    def _split(self, batch: Any, count: int, held: int) -> tuple[Any, Any]:
-        rows = self._find_layout(batch).rows(batch)
-        front, rest = batches.select(rows, 0, count), batches.select(rows, count, held)
-        return batches.rebuild(batch, front, None), batches.rebuild(batch, rest, None)
-
-    def _prepare(self, batch: Any) -> None:
-        """At the first mixed batch: find its fields, and refuse where the two sides cannot go together."""
-        if self._converter is not None:
-            return
-        layout = self._find_layout(batch)
-        if layout.extra and self._fill is None:
-            raise UsageError(
-                f"the batch has fields beside images and labels: {', '.join(map(repr, layout.extra))}; say "
-                "what they are for synthetic images with fill=f, f(key, synth_batch) -> tensor or list, or "
-                "leave them out of the batch"
-            )
-        assert self._real is not None
-        rows = layout.rows(batch)
-        dataset = getattr(self._real.loader, "dataset", None)
-        self._labels = Labels(self.stream.class_names, self._classes or _class_names(dataset))
-        self._labels.check(rows[layout.label_key])
-        transform = self._transform
-        if transform == "dataset":
-            transform = find_attribute(dataset, "transform")
-        from_dataset = self._transform == "dataset" and transform is not None
-        self._converter = self._make_converter(rows[layout.image_key], transform, from_dataset)
-
     def _make_converter(self, real: torch.Tensor | None, transform: Any, from_dataset: bool) -> Converter:
+        options = self._composer.options
         return Converter(
             real,
             self.stream.image_shape,
             transform,
             from_dataset=from_dataset,
-            normalize=self._normalize,
-            workers=self._workers,
+            normalize=options.normalize,
+            workers=options.transform_workers,
+            batch_transform=options.batch_transform,
         )
 
-    def _filled(self, key: Key, synthetic: "SynthBatch", like: Any) -> Any:
-        assert self._fill is not None
-        values = self._fill(key, synthetic)
-        if len(values) != len(synthetic.ids):
-            raise MismatchError(f"fill={self._fill!r} gave {len(values)} values of {key!r} for {len(synthetic.ids)}")
-        if isinstance(like, torch.Tensor):
-            return torch.as_tensor(values, dtype=like.dtype, device=like.device)
-        return values
+    def _follow_classes(self) -> None:
+        """Of a ratio by class: set what classes the stream makes. What it had in flight is dropped."""
+        wanted = self._shares.class_weights()
+        self.stream.replan(class_weights=None if wanted is None else np.array(wanted))
+        self._class_weights = wanted
 
     # State.
 
@@ -490,119 +422,71 @@ class StreamLoader:
         self._check_open()
         if self._mid_step:
             logger.warning("the batch during which the error came is lost: a run resumed from this state skips it")
-        stats = self._stats
+        deferred = self._deferred
         return {
-            "version": _STATE_VERSION,
-            **self._identity(),
+            "version": state.VERSION,
+            "identity": self._identity(),
             "epoch": self._epoch,
             "batch": self._batch,
             "step": self._step,
             "debt": self._share.debt.as_integer_ratio(),
             "epoch_debt": self._epoch_debt.as_integer_ratio(),
             "epoch_step": self._epoch_step,
-            "size": self._size,
-            "waiting": self._waiting,
-            "counts": {name: getattr(stats, name) for name in _COUNTS},
+            "ratio": state.saved_ratio(self._given_ratio, self.ratio) if self._real is not None else None,
+            "class_weights": self._class_weights,
+            "size": deferred.size if deferred is not None else None,
+            "waiting": deferred.waiting if deferred is not None else None,
+            "counts": {name: getattr(self._stats, name) for name in COUNTS},
             "real": self._real.state_dict() if self._real is not None else None,
             "stream": self.stream.state_dict() if self._touched else None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from a state: the next epoch iterated is the rest of the one it was saved in.
 
         Of a state with every rank's part (`integrations.gather_state`) this rank's is taken, or its share where the
-        number of ranks has changed (real images then need a DistributedSampler in both runs). Raises StateError for a
-        state of another kind of loader.
+        number of ranks has changed (real images then need a DistributedSampler in both runs). A ratio that was set
+        while training goes on. Raises StateError for a state of another kind of loader.
         """
         self._check_open()
-        state = own_state(state, self.stream.rank, self.stream.world_size)
-        if state.get("version") != _STATE_VERSION:
-            raise StateError(
-                f"a StreamLoader state of version {_STATE_VERSION} is needed, got version {state.get('version')!r}"
-            )
-        for name, here in self._identity().items():
-            if state[name] != here:
-                raise StateError(f"the state was saved with {name}={state[name]!r}, this loader has {name}={here!r}")
-        self._epoch, self._batch, self._step = state["epoch"], state["batch"], state["step"]
-        self._share = Share(Fraction(*state["debt"]))
-        self._epoch_debt, self._epoch_step = Fraction(*state["epoch_debt"]), state["epoch_step"]
-        self._size, self._waiting = state["size"], state["waiting"]
-        self._stats = replace(self._stats, **state["counts"])
+        saved = own_state(saved, self.stream.rank, self.stream.world_size)
+        state.check(saved, self._identity())
+        self._epoch, self._batch, self._step = saved["epoch"], saved["batch"], saved["step"]
+        self._share = Share(Fraction(*saved["debt"]))
+        self._epoch_debt, self._epoch_step = Fraction(*saved["epoch_debt"]), saved["epoch_step"]
+        for name in COUNTS:
+            setattr(self._stats, name, saved["counts"][name])
+        if self._deferred is not None:
+            self._deferred.size, self._deferred.waiting = saved["size"], saved["waiting"]
         if self._real is not None:
-            self._real.load_state_dict(state["real"])
-        if state["stream"] is not None:
+            ratio = state.loaded_ratio(saved["ratio"], self._given_ratio)
+            if ratio is not None:
+                self.ratio = ratio
+            self._real.load_state_dict(saved["real"])
+        self._class_weights = saved["class_weights"]
+        if saved["stream"] is not None:
             self._touched = True
-            self.stream.load_state_dict(state["stream"])
+            self.stream.load_state_dict(saved["stream"])
         self._running, self._resumed, self._mid_step = None, True, False
 
     def _identity(self) -> dict[str, Any]:
-        real = None if self._real is None else ("stateful" if self._real.has_state else "plain")
-        return {"real_loader": real, "mode": self.mode, "displaced": self.displaced, "seed": self.seed}
-
-    # Refusals.
+        return state.identity(
+            self.real_loader,
+            stateful=self._real is not None and self._real.has_state,
+            mode=self.mode,
+            displaced=self.displaced,
+            seed=self.seed,
+            epoch_steps=self.epoch_steps,
+            size=self._size,
+        )
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this StreamLoader was closed; build a new one")
 
-    def _check_arguments(self, ratio: Ratio | None, displaced: str | None, batch_size: int | None) -> None:
-        if self._transform is not None and self._transform != "dataset" and not callable(self._transform):
-            raise UsageError(f'transform is a function, "dataset" or None, got {self._transform!r}')
-        if self._real is None:
-            if not isinstance(self.epoch_steps, int) or self.epoch_steps < 1:
-                raise UsageError(
-                    "without a real loader the epoch has no end: StreamLoader(None, stream, "
-                    f"epoch_steps=1000), got epoch_steps={self.epoch_steps!r}"
-                )
-            if ratio is not None:
-                raise UsageError("without a real loader every image is synthetic: leave ratio out")
-            if self.stream.config.starved == "real":
-                raise UsageError("stream.starved: real needs a real loader to fill from; set it to wait or reuse")
-            return
-        if not isinstance(self._real.loader, Iterable):
-            raise UsageError(
-                f"the first argument is a loader of batches, got a {type(self._real.loader).__name__}; None "
-                "with epoch_steps= delivers synthetic images only"
-            )
-        if self.epoch_steps is not None or batch_size is not None:
-            raise UsageError("epoch_steps and batch_size are the real loader's where there is one: leave them out")
-        if displaced == "defer" and self.mode == "append":
-            raise UsageError('displaced="defer" goes with mode="replace"; mode="append" displaces nothing')
-        if self._defers and self.stream.config.starved == "real":
-            raise UsageError(
-                'displaced="defer" delivers each real image once and has none to spare for '
-                'stream.starved: real; set it to wait or reuse, or use displaced="drop"'
-            )
 
-
-class RestOfEpoch:
-    """An epoch of a StreamLoader without its first batches; everything else is the loader's."""
-
-    def __init__(self, loader: StreamLoader, first: int):
-        self.loader = loader
-        self.first = first
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.loader._iterate(self.first)
-
-    def __len__(self) -> int:
-        return max(len(self.loader) - self.first, 0)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "loader":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.loader, name)
-
-
-_COUNTS = ("batches", "real", "synthetic", "displaced", "shortfall")
-
-
-def _one_of(name: str, value: Any, accepted: tuple[str, ...]) -> Any:
-    if value not in accepted:
-        raise UsageError(
-            f"{name}={value!r}: accepted are {', '.join(map(repr, accepted))}{nearest(str(value), accepted)}"
-        )
-    return value
+def _batch_size(loader: Any) -> int:
+    return getattr(loader, "batch_size", None) or 0
 
 
 def _meet_accelerate() -> None:
@@ -611,26 +495,3 @@ def _meet_accelerate() -> None:
         from streamaug.integrations.accelerate import enable
 
         enable()
-
-
-def _no_ids(count: int) -> torch.Tensor:
-    return torch.full((count,), -1, dtype=torch.int64)
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    names = find_attribute(dataset, "classes")
-    return [str(name) for name in names] if isinstance(names, list | tuple) else None
-
-
-def _epoch_rows(loader: Any, length: int) -> tuple[int, int]:
-    """(real images of an epoch, images per batch) of a loader that knows them. Raises TypeError otherwise."""
-    size: Any = getattr(loader, "batch_size", None)
-    sampler: Any = getattr(loader, "sampler", None)
-    if type(getattr(loader, "batch_sampler", None)) is BatchSampler:
-        size, sampler = loader.batch_sampler.batch_size, loader.batch_sampler.sampler
-    if not size or not hasattr(sampler, "__len__"):
-        raise TypeError(
-            'the length under displaced="defer" follows from the batch_size and the length of the sampler; '
-            f"this {type(loader).__name__} lacks them"
-        )
-    return (length * size if getattr(loader, "drop_last", False) else len(sampler)), size

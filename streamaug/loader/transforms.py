@@ -7,84 +7,18 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
-from streamaug.errors import DataError, MismatchError, UsageError
+from streamaug.errors import DataError, UsageError
+from streamaug.loader.appearance import Appearance, check, check_device, name_of, natural_scale
 from streamaug.loader.batch import memory_format
-from streamaug.loader.interleave import image_seeds
+from streamaug.loader.draws import SeededDraws
+from streamaug.loader.interleave import batch_seed, image_seeds
 
 Normalize = tuple[Sequence[float], Sequence[float]]
-
-_DRAWS = {
-    torch.rand,
-    torch.randn,
-    torch.randint,
-    torch.randperm,
-    torch.normal,
-    torch.bernoulli,
-    torch.multinomial,
-    torch.poisson,
-    torch.Tensor.bernoulli,
-    torch.Tensor.bernoulli_,
-    torch.Tensor.cauchy_,
-    torch.Tensor.exponential_,
-    torch.Tensor.geometric_,
-    torch.Tensor.log_normal_,
-    torch.Tensor.multinomial,
-    torch.Tensor.normal_,
-    torch.Tensor.random_,
-    torch.Tensor.uniform_,
-}
-
-
-class SeededDraws(TorchFunctionMode):
-    """Inside it, torch's random functions on the CPU draw from a generator of this thread's own.
-
-    The global generator is neither read nor moved, so threads cannot disturb each other's draws or the
-    user's.
-    """
-
-    def __init__(self, seed: int):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _DRAWS and kwargs.get("generator") is None and _on_cpu(args, kwargs):
-            kwargs = {**kwargs, "generator": self.generator}
-        return func(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class Appearance:
-    """What a batch of images looks like: dtype, shape of one image, range of values."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    low: float
-    high: float
-    note: str = ""
-
-    @classmethod
-    def of(cls, images: torch.Tensor, note: str = "") -> "Appearance":
-        """`images`: [n, ...] of any dtype; non-finite values are left out of the range."""
-        values = images.float()
-        values = values[torch.isfinite(values)]
-        low, high = (values.min().item(), values.max().item()) if values.numel() else (0.0, 0.0)
-        return cls(images.dtype, tuple(images.shape[1:]), low, high, note)
-
-    @property
-    def span(self) -> float:
-        return self.high - self.low
-
-    def __str__(self) -> str:
-        values = f"values {_short(self.low)} to {_short(self.high)}"
-        return f"{_name(self.dtype)} {list(self.shape)}, {values}{self.note}"
 
 
 class Converter:
@@ -93,7 +27,10 @@ class Converter:
     transform: called on each image where given, in `workers` threads; torch draws inside it depend on the
     seeds handed in alone. `from_dataset` transforms get what they accept (a PIL image, a uint8 tensor or a
     float tensor in [0, 1], tried in this order); other transforms get the uint8 tensor [C, H, W].
-    normalize: (mean, std) per channel, for pixels scaled to [0, 1], used where no transform made floats.
+    batch_transform: called on the whole batch where given, after `transform` if there is one, on the real batch's
+    device: uint8 [n, C, H, W] -> tensor [n, ...].
+    normalize: (mean, std) per channel, for pixels scaled to [0, 1], used where no transform made floats. Bytes are
+    moved to the device as they are; scaling, cast and layout are one pass of the `collect` kernel there.
     real: a batch of real images; None converts to float32 in [0, 1] with nothing to agree with.
     Raises MismatchError when the outcome does not look like the real images.
     """
@@ -107,38 +44,49 @@ class Converter:
         from_dataset: bool,
         normalize: Normalize | None,
         workers: int | None = None,
+        batch_transform: Callable | None = None,
     ):
         self.transform = transform
+        self.batch_transform = batch_transform
         self.workers = workers or min(4, os.cpu_count() or 1)
         self.seconds = 0.0
         self._pool: ThreadPoolExecutor | None = None
-        self._source = "dataset.transform" if from_dataset else "transform="
         self.dtype, self.device, self.format = torch.float32, torch.device("cpu"), torch.contiguous_format
         appearance = None
         if real is not None:
             self.dtype, self.device, self.format = real.dtype, real.device, memory_format(real)
             appearance = Appearance.of(real)
-        self._scale = normalize or (_natural_scale(appearance) if appearance else None)
+        self._scale = normalize or (natural_scale(appearance) if appearance else None)
+        self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None  # the scale, once it is there
+        self._source = "dataset.transform" if from_dataset else "transform="
         self._form = "uint8 tensor"
         probes = _probes(image_shape)
+        made: Any = probes
         if transform is not None:
-            self._form, made = self._choose_form(probes[-1], appearance, from_dataset)
-            if made.is_floating_point() and normalize is not None:
-                raise UsageError(
-                    "normalize= and a transform that returns floats are both given; normalise in the "
-                    "transform, or pass transform=None"
-                )
-            if real is None and made.is_floating_point():
-                self.dtype = made.dtype
+            self._form, one = self._choose_form(probes[-1], None if batch_transform else appearance, from_dataset)
+            check_device(one, self.device, self._source)
+            made = self._transformed(probes, (0,))
+        if batch_transform is not None:
+            self._source = "batch_transform="
+        made = self._batch_transformed(self._there(made), (0,))
+        check_device(made, self.device, self._source)
+        if made.is_floating_point() and normalize is not None:
+            raise UsageError(
+                "normalize= and a transform that returns floats are both given; normalise in the "
+                "transform, or pass transform=None"
+            )
+        if real is None and made.is_floating_point():
+            self.dtype = made.dtype
         if appearance is not None:
-            outcome = self._finished(probes, (0,))
-            note = f" (after {self._source}, given a {self._form})" if transform is not None else ""
-            _check(appearance, Appearance.of(outcome, note), from_dataset)
+            changed = transform is not None or batch_transform is not None
+            note = f" (after {self._source}, given a {self._form})" if changed else ""
+            check(appearance, Appearance.of(self._cast(made), note), from_dataset)
 
-    def __call__(self, images: np.ndarray, key: tuple[int, ...]) -> torch.Tensor:
-        """`key` (seed, rank, step) decides the draws of the transform."""
+    def __call__(self, images: np.ndarray | torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
+        """`key` (seed, rank, step) decides the draws of the transform. Tensors may be on a device already."""
         began = time.perf_counter()
-        pixels = self._finished(images, key)
+        pixels: Any = images if self.transform is None else self._transformed(_on_cpu(images), key)
+        pixels = self._cast(self._batch_transformed(self._there(pixels), key))
         self.seconds += time.perf_counter() - began
         return pixels
 
@@ -147,12 +95,29 @@ class Converter:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    def _finished(self, images: np.ndarray, key: tuple[int, ...]) -> torch.Tensor:
-        """On the device; floats of any precision, or the real batch's dtype."""
-        pixels = torch.from_numpy(images) if self.transform is None else self._transformed(images, key)
-        pixels = pixels.to(self.device, non_blocking=True)
+    def _there(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """On the device of the real batch."""
+        here = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
+        if self.device.type == "cuda" and here.device.type == "cpu":
+            here = here.pin_memory()
+        return here.to(self.device, non_blocking=True)
+
+    def _batch_transformed(self, pixels: torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
+        if self.batch_transform is None:
+            return pixels
+        with SeededDraws(batch_seed(key)):
+            made = self.batch_transform(pixels)
+        if not isinstance(made, torch.Tensor) or len(made) != len(pixels):
+            what = f"{list(made.shape)}" if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
+            raise DataError(f"batch_transform= was given {list(pixels.shape)} and returned {what}; a tensor of as many")
+        return made.as_subclass(torch.Tensor)
+
+    def _cast(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Floats of any precision, or the real batch's dtype."""
         if pixels.dtype == torch.uint8:
-            pixels = self._collect(pixels)
+            grey = pixels.ndim == 3  # [n, H, W]
+            pixels = self._collect((pixels[:, None] if grey else pixels).contiguous())
+            pixels = pixels[:, 0] if grey else pixels
         if pixels.is_floating_point() and self.dtype.is_floating_point:
             pixels = pixels.to(self.dtype)
         return pixels
@@ -163,7 +128,9 @@ class Converter:
         index = torch.arange(len(pixels), device=pixels.device)
         if self.dtype == torch.uint8:
             return collect(pixels, index, dtype=torch.uint8, memory_format=self.format)
-        mean, std = (_per_channel(values, pixels) for values in self._scale) if self._scale else (None, None)
+        if self._scale is not None and self._on_device is None:
+            self._on_device = _per_channel(self._scale[0], pixels), _per_channel(self._scale[1], pixels)
+        mean, std = self._on_device or (None, None)
         dtype = self.dtype if self.dtype.is_floating_point else torch.float32
         return collect(pixels, index, mean=mean, std=std, dtype=dtype, memory_format=self.format)
 
@@ -206,7 +173,7 @@ class Converter:
                 return form, made
         if accepted:
             return accepted[0]
-        wanted = f"tensor {list(real.shape)} of {_name(real.dtype)}" if real else "tensor"
+        wanted = f"tensor {list(real.shape)} of {name_of(real.dtype)}" if real else "tensor"
         raise DataError(
             f"{self._source} cannot be applied to synthetic images, uint8 {list(probe.shape)}:\n"
             + "\n".join(refusals)
@@ -214,47 +181,8 @@ class Converter:
         )
 
 
-def _check(real: Appearance, synthetic: Appearance, from_dataset: bool) -> None:
-    """`synthetic` describes black, white and shaded probes: the whole range of synthetic images."""
-    if real.shape != synthetic.shape:
-        _refuse(
-            "shape",
-            real,
-            synthetic,
-            "set data.image_size and data.channels of the stream's configuration, or pass transform= (uint8 "
-            f"tensor [C, H, W] -> {list(real.shape)})",
-        )
-    if real.dtype != synthetic.dtype:
-        _refuse("dtype", real, synthetic, "pass transform= returning the real dtype, or transform=None")
-    if real.dtype == torch.uint8 or synthetic.span <= 0:
-        return
-    slack = (2.0 if from_dataset else 0.25) * synthetic.span
-    inside = synthetic.low - slack <= real.low and real.high <= synthetic.high + slack
-    unit = real.low >= -1e-3 and real.high <= 1.001
-    synthetic_unit = synthetic.low >= -0.05 and synthetic.high <= 1.05
-    if not inside or real.span < 0.1 * synthetic.span or (unit and not synthetic_unit):
-        _refuse(
-            "range",
-            real,
-            synthetic,
-            "pass normalize=(mean, std) as the real images are normalised, or transform= (uint8 tensor [C, "
-            "H, W] -> the real range)",
-        )
-
-
-def _refuse(what: str, real: Appearance, synthetic: Appearance, fix: str) -> None:
-    raise MismatchError(
-        f"real and synthetic images differ in {what}:\n  real:      {real}\n  synthetic: {synthetic}\n{fix}"
-    )
-
-
-def _natural_scale(real: Appearance) -> Normalize | None:
-    """(mean, std) that takes [0, 1] to the real range where that is plain: 0 to 255, or −1 to 1."""
-    if real.low >= 0 and 100 <= real.high <= 255:
-        return (0.0,), (1 / 255,)
-    if -1.001 <= real.low <= -0.99 and real.high <= 1.001:
-        return (0.5,), (0.5,)
-    return None
+def _on_cpu(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    return images.cpu().numpy() if isinstance(images, torch.Tensor) else images
 
 
 def _per_channel(values: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
@@ -286,18 +214,3 @@ _FORMS: dict[str, Callable[[np.ndarray], Any]] = {
     "uint8 tensor": torch.from_numpy,
     "float tensor": lambda image: torch.from_numpy(image).float() / 255,
 }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _short(value: float) -> str:
-    return f"{round(value, 3):g}"
-
-
-def _on_cpu(args: Any, kwargs: Any) -> bool:
-    device = kwargs.get("device")
-    if device is not None:
-        return torch.device(device).type == "cpu"
-    return all(value.device.type == "cpu" for value in args if isinstance(value, torch.Tensor))

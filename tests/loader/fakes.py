@@ -18,6 +18,7 @@ class FakeStream:
 
     rank = 0
     world_size = 1
+    asked_ratio: float | None = None
 
     def __init__(self, shape=(1, 8, 8), class_names=DIGITS, mixed=False, starved="wait", loader_config=None, rank=0):
         self.image_shape = shape
@@ -29,6 +30,12 @@ class FakeStream:
         self.available = None
         self.next_id = 0
         self.calls = 0
+        self.class_weights = None
+        self.replans = 0
+
+    def replan(self, *, class_weights=None):
+        self.replans += 1
+        self.class_weights = None if class_weights is None else class_weights.tolist()
 
     def take(self, n):
         self.calls += 1
@@ -39,6 +46,7 @@ class FakeStream:
         batch = SynthBatch.empty(n, self.image_shape)
         batch.ids[:] = ids
         batch.images[:] = (ids % 200 + 50).astype(np.uint8)[:, None, None, None]
+        batch.images[:, :, :, 5:7] = 0
         batch.images[:, :, 0, 0] = 0
         batch.labels[:] = ids % len(self.class_names)
         batch.label_b[:] = (ids + 1) % len(self.class_names) if self.mixed else batch.labels
@@ -49,14 +57,18 @@ class FakeStream:
 
     def state_dict(self):
         self.calls += 1
-        return {"next_id": self.next_id}
+        return {"next_id": self.next_id, "class_weights": self.class_weights}
 
     def load_state_dict(self, state):
         self.next_id = state["next_id"]
+        self.class_weights = state["class_weights"]
 
 
 class Images(Dataset):
-    """Real images: float32 [1, 8, 8] in [0, 1], of which pixel [0, 1] tells the index as index / 1000."""
+    """Real images: float32 [1, 8, 8] in [0, 1], of which pixel [0, 1] tells the index as index / 1000.
+
+    About as bright and contrasted as the fake stream's.
+    """
 
     def __init__(self, count=40, draws=False, transform=None):
         self.count, self.draws = count, draws
@@ -66,7 +78,8 @@ class Images(Dataset):
         return self.count
 
     def __getitem__(self, index):
-        image = torch.full((1, 8, 8), 0.5)
+        image = torch.full((1, 8, 8), 0.35)
+        image[0, :, 5:7] = 0.0
         image[0, 0, 0], image[0, 7, 7] = 0.0, 1.0
         image[0, 0, 1] = index / 1000
         if self.draws:
@@ -82,10 +95,10 @@ class FailingImages(Images):
 
 
 class DyingImages(Images):
-    """Kills the worker process that reads image 20."""
+    """Kills the worker process that reads image 0."""
 
     def __getitem__(self, index):
-        if index == 20:
+        if index == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 

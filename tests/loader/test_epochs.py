@@ -1,9 +1,7 @@
-import os
+import multiprocessing
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -12,7 +10,7 @@ from torch.utils.data.distributed import DistributedSampler
 from streamaug.errors import UsageError
 from streamaug.loader import StreamLoader
 
-from .fakes import FailingImages, FakeStream, Images, listed, real_indices, real_loader
+from .fakes import DIGITS, DyingImages, FailingImages, FakeStream, Images, listed, real_indices, real_loader
 
 
 class Untouchable(FakeStream):
@@ -138,17 +136,22 @@ def test_an_error_in_the_real_loader_comes_through_unchanged():
 
 def test_a_worker_of_the_real_loader_that_dies_is_reported_as_without_the_wrapper():
     # A process of its own: PyTorch raises from its SIGCHLD handler, wherever the main thread happens to be.
-    script = """
-from torch.utils.data import DataLoader
-from loader.fakes import DyingImages, FakeStream
-from streamaug.loader import StreamLoader
-list(StreamLoader(DataLoader(DyingImages(), batch_size=8, num_workers=1), FakeStream()))
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1
-    last = run.stderr.strip().splitlines()[-1].strip()
-    assert re.fullmatch(r"RuntimeError: DataLoader worker \(pid.*\d+\) .*killed by signal: Killed\.", last)
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    child = fork.Process(target=_read_images_that_kill, args=(there,))
+    child.start()
+    assert here.poll(30)
+    kind, message = here.recv()
+    child.join(30)
+    assert kind == "RuntimeError" and child.exitcode == 0
+    assert re.match(r"DataLoader worker \(pid.*\d+\) (.*killed by signal: Killed|exited unexpectedly)", message)
+
+
+def _read_images_that_kill(pipe):
+    try:
+        list(StreamLoader(DataLoader(DyingImages(), batch_size=8, num_workers=1), FakeStream()))
+    except Exception as error:
+        pipe.send((type(error).__name__, str(error)))
 
 
 def test_defer_delivers_every_real_image_once_an_epoch_in_order_and_knows_its_length():
@@ -199,6 +202,41 @@ def test_without_real_images_the_epoch_has_the_steps_asked_for():
     assert next(iter(doubled))[0].dtype == torch.float16
 
 
+def test_without_real_images_mixed_labels_are_soft_or_refused_and_classes_are_mapped():
+    with pytest.raises(UsageError, match=r"mixed labels, which integers cannot hold: .*soft_labels=True"):
+        next(iter(StreamLoader(None, FakeStream(mixed=True), epoch_steps=1)))
+    _, labels = next(iter(StreamLoader(None, FakeStream(mixed=True), epoch_steps=1, soft_labels=True)))
+    assert labels.shape == (16, 10) and labels[3, 3:5].tolist() == [0.75, 0.25]
+    _, labels = next(iter(StreamLoader(None, FakeStream(), epoch_steps=1, classes=DIGITS[::-1])))
+    assert labels[:3].tolist() == [9, 8, 7]
+    loader = StreamLoader(None, FakeStream(), epoch_steps=1)
+    with pytest.raises(UsageError, match="no ratio to set"):
+        loader.ratio = 0.5
+
+
+def test_classification_accuracy_score_a_classifier_of_synthetic_images_alone_knows_real_ones():
+    class Shaded(FakeStream):
+        """The label is where the bright column stands."""
+
+        def take(self, n):
+            batch = super().take(n)
+            batch.images[:] = np.random.default_rng(self.calls).integers(0, 100, batch.images.shape)
+            batch.labels %= 8
+            batch.images[np.arange(n), :, :, batch.labels] += 100
+            return batch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for images, labels in StreamLoader(None, Shaded(), epoch_steps=60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    real, labels = torch.rand(80, 1, 8, 8) * 0.4, torch.arange(80) % 8
+    real[torch.arange(80), :, :, labels] += 0.4
+    assert (model(real).argmax(1) == labels).float().mean() > 0.95
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -213,6 +251,9 @@ def test_without_real_images_the_epoch_has_the_steps_asked_for():
         (([], FakeStream()), {"mode": "add"}, "'replace', 'append'"),
         (([], FakeStream()), {"displaced": "deferr"}, "did you mean 'defer'"),
         (([], FakeStream()), {"transform": "none"}, "transform is a function"),
+        (([], FakeStream()), {"batch_transform": "flip"}, "batch_transform is a function of a batch"),
+        (([], FakeStream()), {"soft_labels": True}, "without real images"),
+        (([], FakeStream()), {"ratio": "half"}, r"ratio is a number in \[0, 1\), got 'half'"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_with_what_can(arguments, options, message):

@@ -1,6 +1,8 @@
 import copy
+import gc
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -24,34 +26,46 @@ class Run:
     Where the loader's own random state covers it, the dataset draws as well.
     """
 
-    def __init__(self, kind=DataLoader, workers=0, generator=False, **options):
+    def __init__(self, kind=DataLoader, workers=0, generator=False, prefetch=None, count=40, batch_size=8, **options):
         torch.manual_seed(11)
         draws = kind is DataLoader and (workers > 0 or not generator)
         extra = {"generator": torch.Generator().manual_seed(4)} if generator else {}
-        real = real_loader(loader=kind, shuffle=True, num_workers=workers, draws=draws, **extra)
+        real = real_loader(
+            count,
+            batch_size,
+            loader=kind,
+            shuffle=True,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            draws=draws,
+            **extra,
+        )
         options = {"ratio": 0.3, "with_ids": True} | options
         self.loader = StreamLoader(real, FakeStream(), **options)
 
-    def batches(self, epochs=EPOCHS):
+    def batches(self, epochs):
         for _ in range(epochs):
             for batch in self.loader:
                 torch.rand(2)  # dropout
                 yield listed(batch)
 
 
-def interrupted(stop, again=None, **options):
+def interrupted(stop, again=None, epochs=EPOCHS, **options):
     """The batches of a run stopped after `stop` (and after `again` more) and resumed by a new loader."""
     delivered = []
     run = Run(**options)
     for count in [stop] + ([again] if again else []):
-        batches = run.batches()
+        batches = run.batches(epochs)
         delivered += [next(batches) for _ in range(count)]
         state = copy.deepcopy(run.loader.state_dict())
         batches.close()
+        del batches, run
+        if options.get("workers"):
+            gc.collect()  # torchdata's iterators end their workers here, and not while the next ones are being forked
         run = Run(**options)
         torch.manual_seed(99)
         run.loader.load_state_dict(state)
-    left = EPOCHS - state["epoch"]
+    left = epochs - state["epoch"]
     return delivered + list(run.batches(left))
 
 
@@ -68,55 +82,103 @@ VARIANTS = [{}, {"mode": "append"}, {"displaced": "defer"}, {"ratio": 0}]
 )
 def test_an_interrupted_run_delivers_what_the_uninterrupted_one_does(kind, options):
     options = options | {"kind": kind}
-    whole = list(Run(**options).batches())
+    whole = list(Run(**options).batches(EPOCHS))
     for name, stop in STOPS.items():
         assert interrupted(stop, **options) == whole, name
     assert interrupted(2, again=2, **options) == whole, "after a resume"
 
 
-@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
-def test_prefetching_workers_do_not_move_the_state(kind):
-    options = {"kind": kind, "workers": 2, "generator": kind is DataLoader}
-    whole = list(Run(**options).batches())
+@pytest.mark.parametrize(("kind", "prefetch", "mode"), [(DataLoader, 2, "replace"), (StatefulDataLoader, 1, "append")])
+def test_prefetching_workers_do_not_move_the_state(kind, prefetch, mode):
+    options = {"kind": kind, "workers": 2, "prefetch": prefetch, "mode": mode, "generator": kind is DataLoader}
+    whole = list(Run(**options).batches(2))
     for stop in (2, BATCHES + 3):
-        assert interrupted(stop, **options) == whole
+        assert interrupted(stop, epochs=2, **options) == whole
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", ["replace", "append"])
+@pytest.mark.parametrize(
+    ("workers", "prefetch"), [(0, None), *((workers, ahead) for workers in (1, 2) for ahead in (1, 2, 3, 4))]
+)
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_a_run_interrupted_at_any_step_of_two_epochs_delivers_what_the_uninterrupted_one_does(
+    kind, workers, prefetch, mode
+):
+    options = {"kind": kind, "workers": workers, "prefetch": prefetch, "mode": mode}
+    options["generator"] = kind is DataLoader and workers > 0
+    whole = list(Run(**options).batches(2))
+    for stop in range(2 * BATCHES + 1):
+        assert interrupted(stop, epochs=2, **options) == whole, stop
 
 
 def test_a_plain_loader_says_what_its_resume_costs(caplog):
     run = Run()
-    batches = run.batches()
-    next(batches)
+    next(run.batches(1))
     state = run.loader.state_dict()
     fresh = Run()
     fresh.loader.load_state_dict(state)
     with caplog.at_level(logging.WARNING, logger="streamaug"):
         next(iter(fresh.loader))
-    assert "reading 1 batches again" in caplog.text and "StatefulDataLoader" in caplog.text
+    assert re.search(r"reading 1 batches again, which took \d+\.\d s; torchdata's StatefulDataLoader", caplog.text)
+
+
+def test_a_stateful_loader_resumes_without_reading_again(caplog):
+    run = Run(kind=StatefulDataLoader)
+    next(run.batches(1))
+    fresh = Run(kind=StatefulDataLoader)
+    fresh.loader.load_state_dict(run.loader.state_dict())
+    read = []
+    fresh.loader.dataset.__class__.__getitem__, original = (
+        lambda self, index: read.append(index) or original(self, index),
+        fresh.loader.dataset.__class__.__getitem__,
+    )
+    try:
+        next(iter(fresh.loader))
+    finally:
+        fresh.loader.dataset.__class__.__getitem__ = original
+    assert len(read) == 8 and "again" not in caplog.text
 
 
 def test_the_state_is_numbers_but_for_the_random_states():
     run = Run()
-    next(run.batches())
+    next(run.batches(1))
     state = run.loader.state_dict()
     assert set(state["real"].pop("tensors")) == {"now_global", "began_global"}
     assert json.loads(json.dumps(state))["step"] == 1
 
 
-def test_a_state_of_another_loader_is_refused_with_both_values():
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"mode": "append"}, "mode was 'replace' and is 'append' now"),
+        ({"displaced": "defer"}, "displaced was 'drop' and is 'defer' now"),
+        ({"seed": 3}, "seed was 0 and is 3 now"),
+        ({"kind": StatefulDataLoader}, "real_loader was 'plain' and is 'stateful' now"),
+        ({"batch_size": 4}, "batch_size was 8 and is 4 now"),
+        ({"count": 48}, "real_images was 40 and is 48 now"),
+    ],
+)
+def test_a_state_of_another_configuration_is_refused_with_both_hashes_and_what_differs(options, difference):
     state = Run().loader.state_dict()
-    with pytest.raises(StateError, match=r"mode='replace', this loader has mode='append'"):
-        Run(mode="append").loader.load_state_dict(state)
-    with pytest.raises(StateError, match="seed=0, this loader has seed=3"):
+    with pytest.raises(StateError, match=r"\(([0-9a-f]{12}), this one is (?!\1)[0-9a-f]{12}\)") as refusal:
+        Run(**options).loader.load_state_dict(state)
+    assert str(refusal.value).splitlines()[1:-1] == [f"  {difference}"]
+
+
+def test_all_that_differs_is_named_at_once_and_a_state_of_no_loader_is_refused():
+    state = StreamLoader(None, FakeStream(), epoch_steps=4, batch_size=8).state_dict()
+    with pytest.raises(StateError, match=r"epoch_steps was 4 and is 5 now"):
+        StreamLoader(None, FakeStream(), epoch_steps=5, batch_size=8).load_state_dict(state)
+    with pytest.raises(StateError, match=r"real_loader was None and is 'plain' now\n  seed was 0 and is 3 now"):
         Run(seed=3).loader.load_state_dict(state)
-    with pytest.raises(StateError, match="real_loader='plain', this loader has real_loader='stateful'"):
-        Run(kind=StatefulDataLoader).loader.load_state_dict(state)
     with pytest.raises(StateError, match="version None"):
         Run().loader.load_state_dict({})
 
 
 def test_counts_go_on_after_a_resume():
     run = Run()
-    batches = run.batches()
+    batches = run.batches(1)
     for _ in range(3):
         next(batches)
     fresh = Run()
@@ -130,7 +192,7 @@ def test_counts_go_on_after_a_resume():
 
 def test_a_state_saved_after_an_error_says_what_is_lost(caplog):
     run = Run()
-    batches = run.batches()
+    batches = run.batches(1)
     next(batches)
     run.loader.stream.take = lambda n: 1 / 0
     with pytest.raises(ZeroDivisionError):

@@ -1,0 +1,76 @@
+"""`displaced: defer`: real images that had to make room are served first in the next batch, each once an epoch."""
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+from torch.utils.data import BatchSampler
+
+from streamaug.loader import batch as batches
+from streamaug.loader.batch import Layout
+from streamaug.loader.interleave import Share, deferred_length, deferred_split
+
+
+class Deferred:
+    """Real images read and not yet delivered (`waiting`, a batch or None), dealt out in batches of `size`.
+
+    size: images per delivered batch, 0 until the first batch tells.
+    """
+
+    def __init__(self, size: int, layout_of: Callable[[Any], Layout]):
+        self.size = size
+        self.waiting: Any = None
+        self._layout_of = layout_of
+
+    def split(self, source: Iterator[Any], share: Share, ratio: Callable[[], Fraction]) -> Iterator[tuple]:
+        """(real rows as a batch, their number, synthetic images beside them), until every real image was in one.
+
+        A real batch is read only when fewer than a batch's worth of images wait. `ratio()` is that of the batch at
+        hand.
+        """
+        while True:
+            held = batches.count_rows(self.waiting) if self.waiting is not None else 0
+            while not self.size or held < self.size:
+                batch = next(source, None)
+                if batch is None:
+                    break
+                held += batches.count_rows(batch)
+                self.size = self.size or held
+                self.waiting = batch if self.waiting is None else self._joined(self.waiting, batch)
+            if not held:
+                return
+            left = held if held < self.size else None
+            count, planned = deferred_split(share, self.size, left, ratio())
+            front, self.waiting = self.waiting, None
+            if count < held:
+                front, self.waiting = self._parted(front, count, held)
+            yield front, count, planned
+
+    def _joined(self, first: Any, second: Any) -> Any:
+        layout = self._layout_of(first)
+        return batches.rebuild(second, batches.concatenate(layout.rows(first), layout.rows(second)), None)
+
+    def _parted(self, batch: Any, count: int, held: int) -> tuple[Any, Any]:
+        rows = self._layout_of(batch).rows(batch)
+        front, rest = batches.select(rows, 0, count), batches.select(rows, count, held)
+        return batches.rebuild(batch, front, None), batches.rebuild(batch, rest, None)
+
+
+def length(loader: Any, debt: Fraction, ratio_at: Callable[[int], Fraction], step: int) -> int:
+    """Batches of an epoch that begins at `step`. Raises TypeError for a loader that cannot tell."""
+    rows, size = _epoch_rows(loader, len(loader))
+    return deferred_length(rows, size, debt, ratio_at, step)
+
+
+def _epoch_rows(loader: Any, batch_count: int) -> tuple[int, int]:
+    """(real images of an epoch, images per batch) of a loader that knows them."""
+    size: Any = getattr(loader, "batch_size", None)
+    sampler: Any = getattr(loader, "sampler", None)
+    if type(getattr(loader, "batch_sampler", None)) is BatchSampler:
+        size, sampler = loader.batch_sampler.batch_size, loader.batch_sampler.sampler
+    if not size or not hasattr(sampler, "__len__"):
+        raise TypeError(
+            'the length under displaced="defer" follows from the batch_size and the length of the sampler; '
+            f"this {type(loader).__name__} lacks them"
+        )
+    return (batch_count * size if getattr(loader, "drop_last", False) else len(sampler)), size
