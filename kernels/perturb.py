@@ -126,7 +126,7 @@ def _reference_bag(
 
 @lru_cache(maxsize=8)
 def _bags(count: int, each: int, device: torch.device) -> torch.Tensor:
-    """Where each of `count` bags of `each` rows begins, and where the last ends: int64 [count + 1], not to be changed."""
+    """Where `count` bags of `each` rows begin, and where the last ends: int64 [count + 1], not to be changed."""
     return torch.arange(0, count * each + 1, each, device=device)
 
 
