@@ -4,6 +4,11 @@ ratio0_overhead: (wrapped loader at ratio 0 − bare loader, seconds a batch) ÷
 on 32 images of 3×64×64; medians of alternated runs.
 mix_over_step: converting 16 synthetic images and mixing them into such a batch, over the same step.
 node_mix_over_sampler: 64 samples through our Mix ÷ through torchdata's MultiNodeWeightedSampler, of the same two nodes.
+node_batches_over_sampler: batches of 32 of a stream and of real images, collated: Mix over StreamNode ÷ that sampler
+over StreamNode.
+dali_mix_over_conditional: a batch of 32 of DALIStreamLoader at ratio 0.5, displaced="defer", where 16 are decoded ÷
+DALI's own mixer, a pipeline that draws for each sample whether it comes from its reader or from external_source, both
+through the operators below.
 dali_mix_over_dali: a batch of 32 of DALIStreamLoader at ratio 0.5, of which 16 of the 32 decoded images are replaced ÷
 a batch of the same pipeline alone (decode, resize, flip, normalise; JPEG of 3×64×64; one thread).
 dali_defer_over_dali: the same with displaced="defer", where 16 are decoded. dali_ratio0_over_dali: at ratio 0.
@@ -135,6 +140,28 @@ def test_node_mix_over_sampler(benchmark, alternate):
     benchmark.extra_info |= {"node_mix_over_sampler": seconds["ours"] / seconds["sampler"]}
 
 
+def test_node_batches_over_sampler(benchmark, alternate):
+    from torch.utils.data import default_collate
+    from torchdata.nodes import Batcher, IterableWrapper, Mapper, MultiNodeWeightedSampler
+
+    image = torch.rand(SHAPE)
+
+    def real():
+        return IterableWrapper(itertools.repeat((image, 0)))
+
+    def collated(samples):
+        return Mapper(Batcher(samples, BATCH), default_collate)
+
+    nodes = {"real": real(), "synthetic": StreamNode(ReadyStream(), like=image)}
+    seconds = alternate(
+        rounds=40,
+        calls=4,
+        ours=functools.partial(next, collated(Mix(real(), StreamNode(ReadyStream(), like=image), 0.5))),
+        sampler=functools.partial(next, collated(MultiNodeWeightedSampler(nodes, dict.fromkeys(nodes, 0.5)))),
+    )
+    benchmark.extra_info |= {"node_batches_over_sampler": seconds["ours"] / seconds["sampler"]}
+
+
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):
     from PIL import Image
@@ -154,34 +181,57 @@ def test_dali_mix_over_dali(benchmark, alternate, jpegs):
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    from streamaug.loader import DALIStreamLoader
+    from streamaug.loader import DALIStreamLoader, stream_source
 
     @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, exec_dynamic=False)
     def training(source=None):
         if source is None:
-            encoded, labels = fn.readers.file(file_root=jpegs, random_shuffle=True, pad_last_batch=True, name="reader")
+            encoded, labels = read()
             images = fn.decoders.image(encoded, device="cpu")
         else:
             images, labels = fn.external_source(source=source, num_outputs=2)
+        return augmented(images), labels
+
+    def read():
+        return fn.readers.file(file_root=jpegs, random_shuffle=True, pad_last_batch=True, name="reader")
+
+    def augmented(images):
         images = fn.resize(images, size=SHAPE[1:])
         mirror = fn.random.coin_flip()
-        return fn.crop_mirror_normalize(images, mirror=mirror, dtype=types.FLOAT, std=[255.0] * 3), labels
+        return fn.crop_mirror_normalize(images, mirror=mirror, dtype=types.FLOAT, std=[255.0] * 3)
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, exec_dynamic=False, enable_conditionals=True)
+    def conditional():
+        encoded, real_labels = read()
+        made, made_labels = fn.external_source(source=stream_source(ReadyStream(), BATCH), num_outputs=2)
+        if fn.random.coin_flip(dtype=types.BOOL):
+            images = made
+            labels = made_labels
+        else:
+            images = fn.decoders.image(encoded, device="cpu")
+            labels = real_labels
+        return augmented(images), labels
 
     def mixed(ratio, **options):
         loader = DALIStreamLoader(training, ReadyStream(), ratio, **options)
         return functools.partial(next, endless(loader))
 
-    alone = DALIGenericIterator(training(), ["data", "label"], reader_name="reader", auto_reset=True)
+    def bare(pipeline):
+        iterator = DALIGenericIterator(pipeline, ["data", "label"], reader_name="reader", auto_reset=True)
+        return functools.partial(next, endless(iterator))
+
     seconds = alternate(
         rounds=60,
         calls=8,
         ours=mixed(0.5),
         defer=mixed(0.5, displaced="defer"),
         ratio0=mixed(0),
-        alone=functools.partial(next, endless(alone)),
+        alone=bare(training()),
+        conditional=bare(conditional()),
     )
     benchmark.extra_info |= {
         "dali_mix_over_dali": seconds["ours"] / seconds["alone"],
         "dali_defer_over_dali": seconds["defer"] / seconds["alone"],
         "dali_ratio0_over_dali": seconds["ratio0"] / seconds["alone"],
+        "dali_mix_over_conditional": seconds["defer"] / seconds["conditional"],
     }

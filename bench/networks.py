@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamaug.config import PriorConfig
 from streamaug.orders import ORDER_DTYPE, OrderBatch
-from streamaug.prior import build_unet
 from streamaug.sampling.denoisers.base import Denoiser, LoadSettings, ModelInfo
 from streamaug.sampling.denoisers.dit import DiT
 from streamaug.sampling.denoisers.prompts import PromptTable
@@ -34,16 +32,33 @@ def latent_shape(kind: str, small: bool) -> tuple[int, int, int]:
     return 4, side, side
 
 
-def build(kind: str, *, small: bool, classes: bool = False, side: int = 8) -> Any:
-    """A network of the kind, in fp32 on the CPU. classes: the digits network takes a label; side: its image."""
+def build(kind: str, *, small: bool, classes: bool = False, side: int = 8, device: str | torch.device = "cpu") -> Any:
+    """A network of the kind, in fp32. classes: the digits network takes a label; side: its image.
+
+    It is made on the device: on a CPU random weights of Stable Diffusion's size take ten seconds. The same device
+    gives the same weights.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        return _network(kind, small, classes, side).to(device).eval().requires_grad_(False)
+
+
+def _network(kind: str, small: bool, classes: bool, side: int) -> Any:
     from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
-    torch.manual_seed(0)
-    if kind == "digits":
-        network = build_unet((1, side, side), PriorConfig())
-        if classes:
-            settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
-            network = UNet2DModel(**settings | {"num_class_embeds": CLASSES + 1})
+    if kind == "digits":  # `prior.build_unet`, spelled out: that module needs more packages than a GPU machine may have
+        network = UNet2DModel(
+            sample_size=side,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=16,
+            num_class_embeds=CLASSES + 1 if classes else None,
+        )
     elif kind == "dit":
         network = DiTTransformer2DModel(
             num_attention_heads=2 if small else 12,
@@ -64,7 +79,7 @@ def build(kind: str, *, small: bool, classes: bool = False, side: int = 8) -> An
         )
     else:
         network = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return network.eval().requires_grad_(False)
+    return network
 
 
 @cache

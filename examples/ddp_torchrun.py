@@ -1,7 +1,7 @@
 """A classifier of digits on several ranks: DistributedDataParallel under torchrun, as anybody writes it.
 
-torchrun --nproc-per-node 2 examples/ddp_torchrun.py --real-only   # without the marked lines
-torchrun --nproc-per-node 2 examples/ddp_torchrun.py               # with them
+torchrun --nproc-per-node 2 examples/ddp_torchrun.py --real-only   # without the marked line
+torchrun --nproc-per-node 2 examples/ddp_torchrun.py               # with it
 """
 
 import sys

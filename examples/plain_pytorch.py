@@ -8,18 +8,21 @@ import sys
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 import streamaug as sa
 from streamaug.data import ImageDataset, load_splits
 
+EPOCHS = 16
+
 digits = load_splits(sa.load("digits").data)  # scikit-learn's digits; 500 that neither script nor stream trains on
-shots = digits.train.subset(digits.train.select_shots(3, seed=0))
-train, test = ImageDataset(shots), ImageDataset(digits.test)
+shots = ImageDataset(digits.train.subset(digits.train.select_shots(3, seed=0)))
+train = Subset(shots, [*range(len(shots))] * 64)  # an epoch shows each of the 30 images 64 times
+test = ImageDataset(digits.test)
 
 torch.manual_seed(0)
-loader = DataLoader(train, batch_size=64, sampler=RandomSampler(train, replacement=True, num_samples=64 * 500))
+loader = DataLoader(train, batch_size=64, shuffle=True)
 if "--real-only" not in sys.argv:
     loader = sa.StreamLoader(loader, sa.Stream.from_config("digits"), ratio=0.5)  # the line that changes
 
@@ -31,13 +34,13 @@ model = nn.Sequential(
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 augment = v2.RandomAffine(degrees=10, translate=(0.15, 0.15), scale=(0.9, 1.1))
 
-for step, (images, labels) in enumerate(loader, start=1):
-    loss = nn.functional.cross_entropy(model(augment(images)), labels, label_smoothing=0.1)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if step % 100 == 0:
-        print(f"step {step}/{len(loader)}: loss {loss.item():.3f}", flush=True)
+for epoch in range(EPOCHS):
+    for images, labels in loader:
+        loss = nn.functional.cross_entropy(model(augment(images)), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"epoch {epoch + 1}/{EPOCHS}: loss {loss.item():.3f}", flush=True)
 
 model.eval()
 images, labels = next(iter(DataLoader(test, batch_size=len(test))))

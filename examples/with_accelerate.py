@@ -1,7 +1,7 @@
 """A classifier of digits with Hugging Face Accelerate, on one process or several.
 
-accelerate launch examples/with_accelerate.py --real-only   # without the marked lines
-accelerate launch examples/with_accelerate.py               # with them
+accelerate launch examples/with_accelerate.py --real-only   # without the marked line
+accelerate launch examples/with_accelerate.py               # with it
 """
 
 import sys
@@ -37,7 +37,8 @@ model = nn.Sequential(
 )
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 augment = v2.RandomAffine(degrees=10, translate=(0.15, 0.15), scale=(0.9, 1.1))
-model, optimizer, loader, test_loader = accelerator.prepare(model, optimizer, loader, test_loader)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+test_loader = accelerator.prepare(test_loader)
 
 for epoch in range(EPOCHS):
     for images, labels in loader:

@@ -1,7 +1,7 @@
 """A classifier of digits with the Hugging Face Trainer.
 
-python examples/with_hf_trainer.py --real-only   # without the marked lines
-python examples/with_hf_trainer.py               # with them
+python examples/with_hf_trainer.py --real-only   # without the marked line
+python examples/with_hf_trainer.py               # with it
 """
 
 import sys

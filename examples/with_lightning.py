@@ -1,7 +1,7 @@
 """A classifier of digits with Lightning: a LightningModule, a LightningDataModule and a Trainer.
 
-python examples/with_lightning.py --real-only   # without the marked lines
-python examples/with_lightning.py               # with them
+python examples/with_lightning.py --real-only   # without the marked line
+python examples/with_lightning.py               # with it
 """
 
 import sys

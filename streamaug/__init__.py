@@ -51,6 +51,7 @@ _PUBLIC = {
     "StreamLoader": "streamaug.loader",
     "StreamNode": "streamaug.loader",
     "StreamaugError": "streamaug.errors",
+    "integrations": "streamaug.integrations",
     "invert": "streamaug.inverting",
     "load": "streamaug.config",
     "mixed_cross_entropy": "streamaug.loader",

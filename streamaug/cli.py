@@ -243,8 +243,8 @@ def preview(
 @app.command(epilog="Example: streamaug replay run.manifest --ids 48213 48214 --out again")
 def replay(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The file that stream.manifest named.")],
-    more_ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="More ids.", hidden=True)] = None,
-    ids: Annotated[list[int] | None, typer.Option(metavar="ID...", min=0, help="Images to make again.")] = None,
+    more_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="More ids.", hidden=True)] = None,
+    ids: Annotated[list[str] | None, typer.Option(metavar="ID...", help="Images to make again.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files of --ids.")] = Path("replayed"),
     rejected: Annotated[bool, typer.Option("--rejected", help="Also write ids that the judge rejected.")] = False,
     export: Annotated[
@@ -267,7 +267,7 @@ def replay(
     ] = None,
 ) -> None:
     """Make images of a run again, bit for bit: single ones by id, or the whole set on disk."""
-    wanted = [*(ids or []), *(more_ids or [])]
+    wanted = _numbers([*(ids or []), *(more_ids or [])])
     if bool(wanted) == (export is not None):
         raise UsageError("give either --ids with the images to make again, or --export with a folder for all of them")
     if form not in ("png", "webdataset"):
@@ -294,6 +294,15 @@ def replay(
         typer.echo(line, err=True)
     for path in done.paths:
         typer.echo(path)
+
+
+def _numbers(texts: list[str]) -> list[int]:
+    """Ids, apart or with commas between them."""
+    parts = [part for text in texts for part in text.split(",") if part]
+    for part in parts:
+        if not part.isdecimal():
+            raise UsageError(f"--ids {part}: an id is a whole number from 0, such as 48213")
+    return [int(part) for part in parts]
 
 
 @app.command(epilog="Example: streamaug doctor digits --set stream.batch_size=256")

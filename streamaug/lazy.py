@@ -6,11 +6,12 @@ from typing import Any
 
 
 def lazily(package: str, public: Mapping[str, str]) -> Callable[[str], Any]:
-    """The package's `__getattr__`. public: the module of each name."""
+    """The package's `__getattr__`. public: the module of each name, which may be the name's own."""
 
     def getattribute(name: str) -> Any:
         if name not in public:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(public[name]), name)
+        module = import_module(public[name])
+        return module if public[name] == f"{package}.{name}" else getattr(module, name)
 
     return getattribute

@@ -4,16 +4,21 @@ A synthetic image is a pure function of its order, so restarts, several producer
 one image again are all the same act: send the order again.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamaug.config import Recipe
 from streamaug.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from streamaug.config import Recipe
 
 _WORD = 2**64 - 1
 INTERP_NONE, INTERP_LINEAR, INTERP_SPHERICAL, INTERP_CIRCLE = range(4)
@@ -75,7 +80,7 @@ class OrderBatch:
         np.frombuffer(buffer, ORDER_DTYPE, count=len(self), offset=HEAD_DTYPE.itemsize)[:] = self.images
 
     @classmethod
-    def read(cls, buffer: memoryview, batch_size: int) -> "OrderBatch":
+    def read(cls, buffer: memoryview, batch_size: int) -> OrderBatch:
         """A copy of the batch that `write` put into the buffer."""
         k, start, plan_version, judge_version, origin = np.frombuffer(buffer, HEAD_DTYPE, count=1)[0].tolist()
         images = np.frombuffer(buffer, ORDER_DTYPE, count=batch_size, offset=HEAD_DTYPE.itemsize).copy()

@@ -27,6 +27,7 @@ from streamaug.orders import Planner, Schedule
 from streamaug.progress import Progress, Silent
 from streamaug.sampling import cascade
 from streamaug.sampling.denoisers import ModelInfo
+from streamaug.sampling.denoisers.autoencoder import digest_of_tiny
 from streamaug.sampling.execution import Execution, check_execution, decide, measure
 from streamaug.sampling.residence import Residence
 from streamaug.sampling.residence import decide as decide_residence
@@ -104,8 +105,10 @@ class Prepared:
     @property
     def plan_extra(self) -> dict[str, Any]:
         """What images depend on besides the plan: a state saved under another value is refused."""
+        tiny_vae = self.config.model.tiny_vae
         return {
             "model": self.model.digest,
+            "tiny_vae": None if tiny_vae is None else digest_of_tiny(tiny_vae),
             "class_ids": self.model.class_ids,
             "bank": self.bank.digest,
             "sampling": self.config.digest("model", "judge"),

@@ -26,6 +26,7 @@ from streamaug.orders import REASONS, OrderBatch
 from streamaug.preparation import ENGINE
 from streamaug.progress import Progress
 from streamaug.sampling.denoisers import inspect
+from streamaug.sampling.denoisers.autoencoder import digest_of_tiny
 from streamaug.stream.engine import Engine
 from streamaug.stream.manifest import Manifest, Recorded, check_of, versions
 from streamaug.stream.producer import build_engine
@@ -93,7 +94,8 @@ class Replayer:
         engine = self._engine_for(batch)
         order, reasons = self.manifest.contents(batch)
         slot = _slot(len(order), engine.image_shape)
-        count = engine.make(order, slot)
+        made = engine.make(order, slot)
+        count = made if isinstance(made, int) else made.wait()
         slot.finish(count, abandoned=False, began_ns=0, ended_ns=0, stage_ns=[0] * len(STAGES))
         same_judgement = np.array_equal(slot.reasons, reasons)
         if not same_judgement or check_of(slot) != batch.check:
@@ -448,6 +450,9 @@ def require_same_files(options: Mapping[str, Any], plan_extra: Mapping[str, Any]
         None if upscaler is None else Path(upscaler),
     )
     _require_same("model", model, info.digest, plan_extra["model"], "model.path")
+    if settings["tiny_vae"] is not None:
+        tiny = settings["tiny_vae"]
+        _require_same("tiny autoencoder", tiny, digest_of_tiny(Path(tiny)), plan_extra["tiny_vae"], "model.tiny_vae")
     _require_same("bank", bank, LatentBank.open(Path(bank)).digest, plan_extra["bank"], "bank.path")
     if prompts is not None:
         _require_same("encoded prompts", prompts, Path(prompts).stem, plan_extra["prompts"], "cache")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,14 +19,15 @@ from streamaug import replay as replaying
 from streamaug.bank import LatentBank
 from streamaug.bank.edit import drop
 from streamaug.cli import app
-from streamaug.config import load
+from streamaug.config import DataConfig, load
+from streamaug.data import load_splits
 from streamaug.errors import MismatchError, UsageError
 from streamaug.preparation import prepare
 from streamaug.progress import Silent
 from streamaug.replay import Replayer, export, relocated, replay, require_same_files
-from streamaug.stream import Stream
+from streamaug.stream import Stream, hashing
 from streamaug.stream.manifest import Manifest
-from streamaug.stream.rehearsal import make_stream, pixels_of
+from streamaug.stream.rehearsal import make_stream
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,7 +99,7 @@ def test_a_resumed_run_went_on_with_the_same_file(delivered, manifest):
 def test_the_command_writes_single_images_and_says_why_others_are_not(delivered, manifest, prepared, tmp_path):
     low, high = min(delivered), max(delivered)
     missing = next(number for number in range(low, high) if number not in delivered)
-    arguments = ["replay", str(manifest), "--ids", str(low), str(high), str(missing), "--out", str(tmp_path)]
+    arguments = ["replay", str(manifest), "--ids", f"{low},{high}", str(missing), "--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     names = {f"{number}-{prepared.class_names[delivered[number][0]]}.png": number for number in (low, high)}
@@ -161,6 +163,20 @@ def test_an_export_of_shards_holds_image_class_and_order(delivered, manifest, pr
     assert [shard.stat().st_mtime_ns for shard in shards] == before
 
 
+@pytest.mark.parametrize(("form", "source"), [("png", "folder"), ("webdataset", "webdataset")])
+def test_an_export_is_a_data_set_that_can_be_trained_on(delivered, manifest, prepared, tmp_path, form, source):
+    export(manifest, tmp_path, form, progress=Silent())
+    names = prepared.class_names
+    config = DataConfig(
+        source=source, root=tmp_path, class_names=names, image_size=8, channels=1, holdout=0, validation=0
+    )
+    found = load_splits(config).train
+    ids = [int(Path(name).stem) for name in found.sources]
+    assert sorted(ids) == sorted(delivered)
+    for number, label, pixels in zip(ids, found.labels.tolist(), found.images, strict=True):
+        assert (names.index(found.class_names[label]), pixels.tobytes()) == delivered[number]
+
+
 def test_a_range_of_ids_is_exported_alone(delivered, manifest, tmp_path):
     result = CliRunner().invoke(app, ["replay", str(manifest), "--export", str(tmp_path), "--range", "20:50"])
     inside = {number for number in delivered if 20 <= number < 50}
@@ -178,14 +194,20 @@ def test_an_id_that_was_never_ordered_is_refused_with_the_range(delivered, manif
         export(manifest, tmp_path, "png", ids=(900000, 900001), progress=Silent())
 
 
-def test_other_versions_are_refused_with_both_and_can_be_allowed(delivered, manifest, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["streamaug", "torch", "diffusers", "device"])
+def test_other_versions_are_refused_with_both(delivered, manifest, tmp_path, monkeypatch, name):
+    here = replaying.versions("cpu")
+    monkeypatch.setattr(replaying, "versions", lambda device: here | {name: "9.9"})
+    was = re.escape(here[name])
+    with pytest.raises(MismatchError, match=rf"{name} was {was} and is 9.9 now.*--any-version"):
+        replay(manifest, [min(delivered)], tmp_path, progress=Silent())
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_versions_can_be_allowed(delivered, manifest, tmp_path, monkeypatch, caplog):
     here = replaying.versions("cpu")
     monkeypatch.setattr(replaying, "versions", lambda device: here | {"torch": "9.9"})
     some = min(delivered)
-    with pytest.raises(
-        MismatchError, match=rf"torch was {here['torch'].replace('+', '.')} and is 9.9 now.*--any-version"
-    ):
-        replay(manifest, [some], tmp_path, progress=Silent())
     (path,) = replay(manifest, [some], tmp_path, any_version=True, progress=Silent()).paths
     assert pixels_in(path) == delivered[some][1]
     assert "9.9" in caplog.text
@@ -216,6 +238,22 @@ def test_another_bank_is_refused_and_a_missing_one_named(prepared, tmp_path):
         require_same_files(relocated(options, {"bank.path": str(tmp_path / "none")}), extra)
 
 
+def test_other_encoded_prompts_are_refused(prepared, tmp_path):
+    other = tmp_path / "feedbeef.safetensors"
+    other.touch()
+    extra = prepared.plan_extra | {"prompts": "c0ffee"}
+    with pytest.raises(
+        MismatchError, match=r"the encoded prompts in .* is feedbeef, the run's was c0ffee; --set cache="
+    ):
+        require_same_files(prepared.engine_options | {"prompts": str(other)}, extra)
+
+
+@pytest.mark.parametrize("setting", ["seed=3", "model.steps=5", "recipes=[{kind: prompt}]", "stream.batch_size=8"])
+def test_another_plan_is_refused_it_is_the_manifests(delivered, manifest, tmp_path, setting):
+    with pytest.raises(UsageError, match=rf"--set {re.escape(setting)}: a replay takes its settings from the manifest"):
+        replay(manifest, [min(delivered)], tmp_path, overrides=[setting], progress=Silent())
+
+
 def test_all_that_was_in_the_cache_moves_with_it(prepared, tmp_path):
     os.symlink(prepared.config.cache, tmp_path / "cache")
     options = relocated(prepared.engine_options, {"cache": str(tmp_path / "cache")})
@@ -228,6 +266,7 @@ def test_all_that_was_in_the_cache_moves_with_it(prepared, tmp_path):
     [
         ([], "give either --ids with the images to make again, or --export"),
         (["--ids", "1", "--export", "OUT"], "give either"),
+        (["--ids", "1,two"], "--ids two: an id is a whole number"),
         (["--export", "OUT", "--format", "jpg"], "--format jpg: accepted are png and webdataset"),
         (["--export", "OUT", "--rejected"], "--rejected is for --ids"),
         (["--export", "OUT", "--range", "9"], "--range 9: expected two ids"),
@@ -251,9 +290,8 @@ def test_a_batch_that_comes_out_otherwise_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "run.manifest"
     with make_stream(manifest=path, backend="local") as stream:
         stream.take(8)
-    monkeypatch.setattr(
-        sys.modules[make_stream.__module__], "pixels_of", lambda digest, shape: pixels_of(digest, shape) ^ 1
-    )
+    pixels_of = hashing.pixels_of
+    monkeypatch.setattr(hashing, "pixels_of", lambda digest, shape: pixels_of(digest, shape) ^ 1)
     with pytest.raises(MismatchError, match="batch 0 does not come out as it was delivered"):
         replay(path, [0], tmp_path, progress=Silent())
     assert replay(path, [0], tmp_path, any_version=True, progress=Silent()).paths

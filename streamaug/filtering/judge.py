@@ -4,6 +4,8 @@ An image passes when the judge agrees with its label, or is unsure and still fin
 disagreement, a non-finite image and a flat one never pass.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import nn
@@ -58,26 +60,31 @@ class Judge(nn.Module):
         agrees = (preferred == labels) | (preferred == labels_b)
         rank = (probability > each.amax(1, keepdim=True)).sum(1)
 
-        reasons = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
         floor = torch.minimum(self.floor[labels], self.floor[labels_b])
         unlikely = ~agrees & ((score < floor) | (rank >= self.top_k))
-        reasons[unlikely | (score < self.min_score)] = _CODE["unlikely_label"]
-        reasons[~agrees & (top >= self.confident[preferred])] = _CODE["confidently_wrong"]
+        found = {
+            "unlikely_label": unlikely | (score < self.min_score),
+            "confidently_wrong": ~agrees & (top >= self.confident[preferred]),
+        }
         if self.too_easy is not None:
-            reasons[agrees & (score > self.too_easy)] = _CODE["too_easy"]
-        reasons[flat(safe)] = _CODE["no_contrast"]
-        reasons[~is_finite] = _CODE["non_finite"]
-        return score * is_finite, reasons
+            found["too_easy"] = agrees & (score > self.too_easy)
+        return score * is_finite, _reasons(found | {"no_contrast": flat(safe), "non_finite": ~is_finite})
 
 
 @torch.no_grad()
 def score_unjudged(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What holds without a judge: finite images with contrast pass, with score 1."""
     is_finite = finite(images)
-    reasons = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
-    reasons[flat(torch.where(is_finite.view(-1, 1, 1, 1), images, 0.0))] = _CODE["no_contrast"]
-    reasons[~is_finite] = _CODE["non_finite"]
-    return is_finite.float(), reasons
+    without_contrast = flat(torch.where(is_finite.view(-1, 1, 1, 1), images, 0.0))
+    return is_finite.float(), _reasons({"no_contrast": without_contrast, "non_finite": ~is_finite})
+
+
+def _reasons(found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The last reason found for each image, from masks bool [B]: indices into REASONS, uint8 [B], 0 for none."""
+    reasons = torch.zeros_like(next(iter(found.values())), dtype=torch.uint8)
+    for reason, mask in found.items():
+        reasons.masked_fill_(mask, _CODE[reason])  # an assignment by mask would wait for the GPU
+    return reasons
 
 
 def flat(images: torch.Tensor) -> torch.Tensor:

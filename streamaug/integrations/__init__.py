@@ -9,7 +9,8 @@ timm's `create_loader(..., use_prefetcher=False)` gives a DataLoader that is wra
 prefetcher wrap what it fetches from: `loader.loader = sa.StreamLoader(loader.loader, stream, ratio=0.5)`. Both
 ways, synthetic images go through the transform that timm made.
 
-Without a framework, `gather_state` makes one state of all ranks'.
+Without a framework, `gather_state` makes one state of all ranks'. What each framework needs, and where it ends, is in
+docs/frameworks.md.
 """
 
 from typing import TYPE_CHECKING

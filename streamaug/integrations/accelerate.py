@@ -5,8 +5,10 @@ this module it prepares what the StreamLoader wraps, so that sharding, device pl
 accumulation and `gather_for_metrics` are Accelerate's own. `save_state` writes the loader's state (one file a rank),
 `load_state` resumes it, and `skip_first_batches` then finds nothing left to skip.
 
-With `use_stateful_dataloader` also set `use_seedable_sampler`: without it Accelerate itself forgets the shuffled order.
-After several ranks, images that Accelerate repeats to fill the last batch stay in what is gathered under mode="append".
+Set `use_seedable_sampler` to resume with another number of ranks, and beside `use_stateful_dataloader`: without it
+Accelerate itself forgets the shuffled order.
+Images that Accelerate repeats to fill the last batch of several ranks stay in what `gather_for_metrics` returns under
+mode="append" and displaced="defer".
 """
 
 import sys
@@ -21,6 +23,8 @@ from streamaug.loader.stream_loader import StreamLoader
 try:
     import accelerate
     from accelerate import Accelerator
+    from accelerate.data_loader import DataLoaderDispatcher
+    from accelerate.state import GradientState
 except ImportError:
     raise MissingExtra("accelerate", "integrations") from None
 
@@ -32,6 +36,11 @@ def enable() -> None:
     if hasattr(Accelerator.prepare, _ENABLED):
         return
     Accelerator.prepare = _marked(_prepare(Accelerator.prepare))  # type: ignore[method-assign]
+    # Called on its own, it would build a loader of the real images alone.
+    Accelerator.prepare_data_loader = _for_stream_loaders(Accelerator.prepare_data_loader)  # type: ignore[method-assign]
+    # Reached by accelerator.prepare(StreamLoader(...)): there `prepare` was looked up before the first StreamLoader
+    # existed, and with it this module.
+    Accelerator._prepare_one = _for_stream_loaders(Accelerator._prepare_one)  # type: ignore[method-assign]
     original = accelerate.skip_first_batches
     replacement = _marked(_skip_first_batches(original))
     # Scripts import this function by name; theirs would go on without the stream.
@@ -61,6 +70,18 @@ def _prepare(original: Callable) -> Callable:
     return prepare
 
 
+def _for_stream_loaders(original: Callable) -> Callable:
+    """Of one object: a StreamLoader's real loader is prepared, and the StreamLoader given back."""
+
+    @wraps(original)
+    def prepare_one(self: Accelerator, given: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(given, StreamLoader):
+            return original(self, given, *args, **options)
+        return _attached(self, given, original(self, given.real_loader, *args, **options))
+
+    return prepare_one
+
+
 def _skip_first_batches(original: Callable) -> Callable:
     @wraps(original)
     def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
@@ -73,17 +94,9 @@ def _skip_first_batches(original: Callable) -> Callable:
 
 def _attached(accelerator: Accelerator, loader: StreamLoader, prepared: Any) -> StreamLoader:
     """The loader around its prepared real loader, with its state in the accelerator's checkpoints."""
-    if loader.displaced == "defer" and loader.mode == "replace":
-        raise UsageError(
-            'displaced="defer" reads the last real batch before it delivers the last batch, and Accelerate ends the '
-            'epoch (and a gradient accumulation) with what is read; use displaced="drop"'
-        )
     if prepared is not loader.real_loader:
+        tell_the_end(accelerator, loader, prepared)
         loader.rewrap(prepared)
-    if loader.mode == "append":
-        # gather_for_metrics cuts the last batch to the real images that are left, counted from the front; told that
-        # the last batch is dropped, Accelerate leaves it as it is.
-        prepared._drop_last = True
     loaders = getattr(accelerator, _ENABLED, None)
     if loaders is None:
         loaders = []
@@ -91,12 +104,94 @@ def _attached(accelerator: Accelerator, loader: StreamLoader, prepared: Any) -> 
         accelerator.register_save_state_pre_hook(
             lambda models, weights, folder: _each(files.save_state, loaders, folder)
         )
-        accelerator.register_load_state_pre_hook(lambda models, folder: _each(files.load_state, loaders, folder))
+        accelerator.register_load_state_pre_hook(
+            lambda models, folder: _each(
+                files.load_state, loaders, folder, same_ranks_because=_why_ranks_stay(accelerator)
+            )
+        )
     if loader not in loaders:
         loaders.append(loader)
     return loader
 
 
-def _each(action: Callable, loaders: list[StreamLoader], folder: str) -> None:
+def _each(action: Callable, loaders: list[StreamLoader], folder: str, **options: Any) -> None:
     for number, loader in enumerate(loaders):
-        action(loader, folder, f"stream_loader_{number}")
+        action(loader, folder, f"stream_loader_{number}", **options)
+
+
+def _why_ranks_stay(accelerator: Accelerator) -> str | None:
+    """None where every number of ranks draws the same permutation, and deals its batches out in turn."""
+    if accelerator.use_seedable_sampler and not (accelerator.split_batches or accelerator.dispatch_batches):
+        return None
+    return (
+        "the order of the real images is the same for another number of ranks only where both runs have "
+        "DataLoaderConfiguration(use_seedable_sampler=True), and neither split_batches nor dispatch_batches"
+    )
+
+
+# Where an epoch ends.
+
+
+def tell_the_end(accelerator: Accelerator, loader: StreamLoader, prepared: Any) -> None:
+    """Let Accelerate see where the StreamLoader's epoch ends, where that is not where its real loader's does.
+
+    Under "defer" displaced images are left to deliver when the last real batch was read; the end of a gradient
+    accumulation must wait for them. Under "append" `gather_for_metrics` would cut the last batch to as many images as
+    there are real ones. Raises UsageError where ranks would deliver different numbers of batches.
+    """
+    defers = loader.displaced == "defer" and loader.mode == "replace"
+    if defers and accelerator.num_processes > 1:
+        _give_each_rank_as_many(accelerator, prepared)
+    if defers or loader.mode == "append":
+        prepared.gradient_state = _Unheard()
+        _keep_books(loader, prepared)
+
+
+def _give_each_rank_as_many(accelerator: Accelerator, prepared: Any) -> None:
+    """Every rank reads full batches, and the length of the epoch follows from their number."""
+    if isinstance(prepared, DataLoaderDispatcher) or not accelerator.even_batches:
+        raise UsageError(
+            'displaced="defer" on several ranks needs real batches that each rank reads for itself, as many images '
+            'on each: leave dispatch_batches and even_batches of Accelerate as they are, or use displaced="drop"'
+        )
+    prepared.batch_size = prepared.total_batch_size // accelerator.num_processes
+    prepared.drop_last = True  # of batches that are not full there are none: Accelerate fills the last one
+
+
+class _Unheard:
+    """Takes what a prepared loader tells the GradientState: the loader around it tells the right thing."""
+
+    def _add_dataloader(self, dataloader: Any) -> None:
+        pass
+
+    _remove_dataloader = _add_dataloader
+
+
+class _Books:
+    """What the GradientState reads of the loader in progress."""
+
+    remainder = -1  # what is gathered is not cut
+
+    def __init__(self, loader: StreamLoader, prepared: Any):
+        self._loader, self._prepared = loader, prepared
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether the batch that was delivered last is the epoch's last: nothing is left to read, nothing waits."""
+        deferred, real = self._loader._deferred, self._loader._real
+        all_read = self._prepared.end_of_dataloader or (real is not None and real.finished)
+        return all_read and (deferred is None or deferred.waiting is None)
+
+
+def _keep_books(loader: StreamLoader, prepared: Any) -> None:
+    state, books, iterate = GradientState(), _Books(loader, prepared), loader._iterate
+
+    @wraps(iterate)
+    def kept(first: int) -> Any:
+        state._add_dataloader(books)
+        try:
+            yield from iterate(first)
+        finally:
+            state._remove_dataloader(books)
+
+    loader._iterate = kept  # type: ignore[method-assign]

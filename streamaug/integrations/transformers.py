@@ -12,7 +12,7 @@ try:
 except ImportError:
     raise MissingExtra("transformers", "integrations") from None
 
-from streamaug.integrations.accelerate import enable
+from streamaug.integrations.accelerate import enable, tell_the_end
 
 if TYPE_CHECKING:
     from streamaug.stream.stream import Stream
@@ -23,6 +23,7 @@ else:
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 _STATE = "stream_loader"
+_COUNTS_BY_RANK = "the Trainer finds epoch and batch from its number of steps, which counts by rank"
 
 
 class StreamTrainerMixin(Base):
@@ -36,7 +37,8 @@ class StreamTrainerMixin(Base):
     stream: the stream to read; None trains on real images only. stream_options: arguments of StreamLoader.
     The Trainer builds the real DataLoader as always (`dataloader_num_workers`, sampler, collator, rank), and
     `stream_loader` is the loader around it once training has begun. Checkpoints get one file a rank, and a resumed
-    run goes on with the very next batch. Evaluation is not touched.
+    run goes on with the very next batch; the Trainer counts steps by the number of ranks, so that must stay. Sampling
+    by length is refused: images have none. Evaluation is not touched.
     """
 
     stream: "Stream | None" = None
@@ -61,12 +63,14 @@ class StreamTrainerMixin(Base):
         return super().train(resume_from_checkpoint, *args, **options)
 
     def get_train_dataloader(self) -> Any:
-        real = super().get_train_dataloader()
         if self.stream is None:
-            return real
+            return super().get_train_dataloader()
+        _check_sampling(self.args)
+        real = super().get_train_dataloader()
         self.stream_loader = StreamLoader(real, self.stream, **self.stream_options)
+        tell_the_end(self.accelerator, self.stream_loader, real)
         if self._resumed_from is not None:
-            files.load_state(self.stream_loader, self._resumed_from, _STATE)
+            files.load_state(self.stream_loader, self._resumed_from, _STATE, same_ranks_because=_COUNTS_BY_RANK)
             if self.stream_loader.epoch_is_over:
                 self.stream_loader.end_resumed_epoch()  # the Trainer goes on with the next
         return self.stream_loader
@@ -76,6 +80,15 @@ class StreamTrainerMixin(Base):
         super()._save_rng_state(output_dir)
         if self.stream_loader is not None:
             files.save_state(self.stream_loader, output_dir, _STATE)
+
+
+def _check_sampling(args: Any) -> None:
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise UsageError(
+            f"train_sampling_strategy={strategy!r} puts real samples of one length together, and images have none; "
+            "set it to 'random' or 'sequential'"
+        )
 
 
 def add_stream(trainer: AnyTrainer, stream: "Stream", **options: Any) -> AnyTrainer:

@@ -31,13 +31,13 @@ import torch
 
 from streamaug.bank import Checkpoint, Part
 from streamaug.config import Config
-from streamaug.engine import resolve_device, solver_settings
+from streamaug.engine import load_settings, resolve_device, solver_settings, told_besides
 from streamaug.errors import ConfigError, ModelError
 from streamaug.inversion.encode import Codec, relative_error, row_bytes
 from streamaug.kernels.step import Column
 from streamaug.orders import ORDER_DTYPE, OrderBatch, Schedule
 from streamaug.sampling import denoisers
-from streamaug.sampling.denoisers import Denoiser, LoadSettings, ModelInfo
+from streamaug.sampling.denoisers import Denoiser, ModelInfo
 from streamaug.sampling.guidance import combine
 from streamaug.sampling.solvers.driver import Driver, learned_variance
 from streamaug.sampling.solvers.probe import probe
@@ -199,6 +199,7 @@ class Ddim:
         self._device = resolve_device(config.model.device)
         self._dtype = _network_dtype(config.model.dtype, self._device)
         self._null_class = info.null_class if config.model.null_class is None else config.model.null_class
+        self._load_settings = load_settings(config, info, self._device, self._dtype, prompts, decodes=False)
         self._scheduler, self._options, _ = solver_settings(config, info)
         self._check_guidance()
         self._check_scheduler()
@@ -219,6 +220,7 @@ class Ddim:
             "null_class": self._null_class,
             "prompts": None if prompts is None else prompts.stem,  # named by the hash of what they came from
             "network_dtype": str(self._dtype).removeprefix("torch."),
+            **told_besides(config.model),
         }
         _, height, width = info.latent_shape
         rows = max(1, min(_GROUP_ROWS, _LATENT_CELLS // (height * width)))
@@ -271,18 +273,7 @@ class Ddim:
 
     @cached_property
     def _denoiser(self) -> Denoiser:
-        model = self._model
-        return denoisers.load(
-            self._info,
-            LoadSettings(
-                self._device,
-                self._dtype,
-                channels_last=model.channels_last,
-                null_class=self._null_class,
-                prompts=self._prompts,
-                variant=model.variant,
-            ),
-        )
+        return denoisers.load(self._info, self._load_settings)
 
     def _check_guidance(self) -> None:
         if self._settings.guidance == 1.0 or self._info.guidance == "embedded":

@@ -22,12 +22,12 @@ from safetensors import safe_open
 
 from streamaug.bank import Checkpoint, Part
 from streamaug.config import Config, EmbeddingConfig
-from streamaug.engine import resolve_device
+from streamaug.engine import load_settings, resolve_device, told_besides
 from streamaug.errors import ConfigError, MemoryTooSmall, ModelError
 from streamaug.inversion.encode import Codec
 from streamaug.kernels.philox import normal
 from streamaug.orders import ORDER_DTYPE, OrderBatch
-from streamaug.sampling.denoisers import FAMILIES, Denoiser, LoadSettings, ModelInfo, load, load_scheduler
+from streamaug.sampling.denoisers import FAMILIES, Denoiser, ModelInfo, load, load_scheduler
 from streamaug.sampling.denoisers.base import NULL
 from streamaug.sampling.denoisers.prompts import PromptTable
 from streamaug.sampling.solvers.schedulers import configured, kind, make_scheduler, setting
@@ -83,6 +83,7 @@ class Embedding:
                 "start": None if prompts is None else _digest_of_start(prompts),
                 "pairs": PAIRS,
                 "network_dtype": str(self._dtype).removeprefix("torch."),
+                **told_besides(config.model),
                 **self._settings.model_dump(mode="json", exclude={"group_rows", "checkpoint_every"}),
             },
             group_rows=self._settings.group_rows,
@@ -147,17 +148,8 @@ class Embedding:
 
     @cached_property
     def _denoiser(self) -> Denoiser:
-        model = self._config.model
-        return load(
-            self._info,
-            LoadSettings(
-                device=self._device,
-                dtype=self._dtype,
-                channels_last=model.channels_last,
-                prompts=self._prompts,
-                variant=model.variant,
-            ),
-        )
+        settings = load_settings(self._config, self._info, self._device, self._dtype, self._prompts, decodes=False)
+        return load(self._info, settings)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The stream as a source of NVIDIA DALI's pipelines, and a loader that mixes it with what DALI reads and decodes.
+"""A loader that mixes images of a stream with what NVIDIA DALI reads and decodes.
 
 In place of StreamLoader where real images come from DALI. Needs the extra `dali`, imported when first used.
 """
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from streamaug.errors import MissingExtra, StateError, UsageError
+from streamaug.errors import StateError, UsageError
 from streamaug.loader.agreement import Agreement
-from streamaug.loader.labels import Labels
+from streamaug.loader.dali_source import PixelLayout, Tensors, require_usable, stream_source
 from streamaug.loader.stream_loader import Ratio, StreamLoader
 from streamaug.stream.batch import SynthBatch
 
@@ -25,71 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("streamaug")
 
-PixelLayout = Literal["HWC", "CHW"]
+__all__ = ["DALIStreamLoader", "stream_source"]
+
 LastBatch = Literal["partial", "drop", "fill"]
-
-
-def stream_source(
-    stream: "Stream",
-    batch_size: int | None = None,
-    *,
-    layout: PixelLayout = "HWC",
-    classes: Sequence[str] | None = None,
-    soft_labels: bool = False,
-    with_ids: bool = False,
-) -> Callable[[], tuple]:
-    """A `source` for DALI's external_source: each call takes a batch from the stream.
-
-        images, labels = fn.external_source(source=stream_source(stream, 64), num_outputs=2)
-
-        source = ndd.ExternalSource(stream_source(stream, 64), num_outputs=2)   # nvidia.dali.experimental.dynamic
-        images, labels = source()
-
-    It returns DALI tensor lists on the CPU, each over one contiguous array with its layout: images uint8
-    [n, H, W, C] as DALI's decoders make them (or [n, C, H, W]), labels int32 [n, 1] as its file reader gives them
-    (float32 [n, classes] with `soft_labels`, needed for recipes that mix classes) and, with `with_ids`, int64 [n, 1].
-    DALI copies what it is given. A pipeline calls it prefetch_queue_depth batches ahead of what it delivers, so the
-    stream's own state is ahead by as much; `DALIStreamLoader` counts what is delivered.
-
-    batch_size: at most the pipeline's; None takes the stream's. classes: names of the real labels in order, where
-    they are ordered differently from the stream's: for the file reader the sorted names of the folders. Raises
-    MissingExtra without DALI.
-    """
-    _require_usable(stream)
-    tensors = _Tensors(layout)
-    names = Labels(stream.class_names, classes)
-    like = torch.empty(0, len(stream.class_names)) if soft_labels else torch.empty(0, dtype=torch.int32)
-    count = batch_size or stream.config.batch_size
-
-    def source() -> tuple:
-        synthetic = stream.take(count)
-        labels = names.encode(synthetic, like).numpy()
-        outputs = tensors(synthetic.images, labels if soft_labels else labels[:, None])
-        return (*outputs, tensors.plain(synthetic.ids[:, None])) if with_ids else outputs
-
-    return source
-
-
-class _Tensors:
-    """Arrays as DALI's tensor lists, with images [n, C, H, W] brought to the layout wanted."""
-
-    def __init__(self, layout: PixelLayout):
-        if layout not in ("HWC", "CHW"):
-            raise UsageError(f"layout={layout!r}: accepted are 'HWC' and 'CHW'")
-        try:
-            from nvidia.dali.tensors import TensorListCPU
-        except ImportError:
-            raise MissingExtra("NVIDIA DALI", "dali") from None
-        self.layout = layout
-        self._list = TensorListCPU
-
-    def __call__(self, images: np.ndarray, labels: np.ndarray) -> tuple:
-        if self.layout == "HWC":
-            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-        return self._list(images, self.layout), self.plain(labels)
-
-    def plain(self, values: np.ndarray) -> Any:
-        return self._list(np.ascontiguousarray(values), "")
 
 
 class DALIStreamLoader(StreamLoader):
@@ -124,6 +62,8 @@ class DALIStreamLoader(StreamLoader):
     last_batch: of an epoch that is no multiple of the batch size: "partial" delivers a short one, "drop" none, "fill"
         a full one, as the reader pads it.
     layout: of the images that the source gives, as the decoder's.
+    device: where the source gives them, "cpu", "cuda" or "cuda:1"; it goes with external_source's device "cpu" or
+        "gpu". Of external_source(no_copy=True) the batches are kept alive until the pipeline has delivered them.
     checkpointing: keep the state of readers and random operators. False for pipelines with operators that DALI
         cannot save; there is no state then.
 
@@ -131,8 +71,7 @@ class DALIStreamLoader(StreamLoader):
     state builds both pipelines anew. The synthetic images that were augmented and not delivered yet are part of the
     state. An epoch left by `break` is read to its end before the next one begins, as DALI cannot go back.
 
-    Synthetic images enter a pipeline on the CPU; one that works on a GPU moves them there (`images.gpu()`). Tested on
-    CPU pipelines only.
+    Tested on CPU pipelines only. On a GPU the batch, real or mixed, is where the pipeline's outputs are.
     """
 
     def __init__(
@@ -147,6 +86,7 @@ class DALIStreamLoader(StreamLoader):
         output_map: Sequence[str] = ("data", "label"),
         last_batch: LastBatch = "partial",
         layout: PixelLayout = "HWC",
+        device: str | torch.device = "cpu",
         checkpointing: bool = True,
         seed: int = 0,
         with_ids: bool = False,
@@ -159,8 +99,8 @@ class DALIStreamLoader(StreamLoader):
             )
         if len(output_map) != 2:
             raise UsageError(f"output_map names the images and the labels, got {list(output_map)}")
-        _require_usable(stream)
-        tensors = _Tensors(layout)
+        require_usable(stream)
+        tensors = Tensors(layout, device)
         names = list(output_map)
         self._images = _RealImages(_Built(pipeline, names, checkpointing), reader_name, last_batch)
         self._augmented = _Augmented(_Built(pipeline, names, checkpointing), stream, tensors, self._images.batch_size)
@@ -327,9 +267,10 @@ class _Augmented:
     The rest of the stream's surface is the stream's own.
     """
 
-    def __init__(self, built: _Built, stream: "Stream", tensors: _Tensors, batch_size: int):
+    def __init__(self, built: _Built, stream: "Stream", tensors: Tensors, batch_size: int):
         self._built, self._stream, self._tensors, self._batch_size = built, stream, tensors, batch_size
-        self._taken: deque[tuple[SynthBatch, dict]] = deque()  # what the pipeline holds, with the state after each
+        # What the pipeline holds: each batch with the state after it, and the memory that DALI may be reading.
+        self._taken: deque[tuple[SynthBatch, dict, tuple]] = deque()
         self._left: SynthBatch | None = None  # augmented and not delivered
         self._state: dict[str, Any] = {}  # of the stream, where the pipeline has delivered to
 
@@ -373,13 +314,16 @@ class _Augmented:
 
     def _source(self, iteration: int) -> tuple:
         """Called by the pipeline, ahead of what it delivers. `iteration` makes DALI resume it without a warning."""
-        synthetic = self._stream.take(self._batch_size)
-        self._taken.append((synthetic, self._stream.state_dict()))
-        return self._tensors(synthetic.images, synthetic.labels.astype(np.int32)[:, None])
+        with self._tensors.work():
+            synthetic = self._stream.take(self._batch_size)
+            moved = self._tensors.moved(synthetic.images, synthetic.labels.astype(np.int32)[:, None])
+        outputs = self._tensors.lists(moved)
+        self._taken.append((synthetic, self._stream.state_dict(), outputs))
+        return outputs
 
     def _next(self) -> SynthBatch:
         images = self._built.next()[self._built.names[0]]
-        synthetic, self._state = self._taken.popleft()
+        synthetic, self._state, _ = self._taken.popleft()
         synthetic.images = images  # type: ignore[assignment]  # a tensor from here on
         return synthetic
 
@@ -392,12 +336,3 @@ def _joined(parts: list[SynthBatch]) -> SynthBatch:
 
 def _tensor(values: Any) -> torch.Tensor:
     return values.clone() if isinstance(values, torch.Tensor) else torch.from_numpy(values.copy())
-
-
-def _require_usable(stream: "Stream") -> None:
-    if not hasattr(stream, "take"):
-        raise UsageError(f"a Stream is needed, got a {type(stream).__name__}")
-    if stream.config.starved == "real":
-        raise UsageError(
-            "a DALI source delivers whole batches (stream.starved: real does not); set it to wait or reuse"
-        )

@@ -50,12 +50,28 @@ class SecondStage:
         rows, on_evaluation: as for `Sampler.sample`. Classifier guidance acts in the first stage, which decides what
         is seen, and not here.
         """
+        return self.sampler.sample(*self._given(images, order, rows), on_evaluation=on_evaluation)
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        images: torch.Tensor,
+        order: OrderBatch,
+        rows: Rows | None = None,
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> None:
+        """`Sampler.warm_up` for such a batch."""
+        self.sampler.warm_up(*self._given(images, order, rows), on_evaluation=on_evaluation)
+
+    def _given(
+        self, images: torch.Tensor, order: OrderBatch, rows: Rows | None
+    ) -> tuple[torch.Tensor, OrderBatch, Rows]:
+        """What the second stage starts from: noise, its orders and its rows."""
         ids = torch.from_numpy(order.images["id"].copy()).to(images.device)
         latents = self.sampler.schedule.initial_noise * self._normal(ids)
         second = replace(order, start=0, images=order.images.copy())
         second.images["classifier_guidance"] = 0.0
-        given = {**(rows or {}), UPSCALED: self._upscaled(images, ids)}
-        return self.sampler.sample(latents, second, given, on_evaluation=on_evaluation)
+        return latents, second, {**(rows or {}), UPSCALED: self._upscaled(images, ids)}
 
     def _normal(self, ids: torch.Tensor) -> torch.Tensor:
         sampler = self.sampler

@@ -18,6 +18,7 @@ import torch
 from streamaug.config import Config
 from streamaug.errors import ConfigError
 from streamaug.outputs import write_whole
+from streamaug.sampling.memory import Enough
 from streamaug.sampling.network import COMPILE_SECONDS, compiler, require_compiler
 
 _log = logging.getLogger("streamaug")
@@ -81,7 +82,7 @@ def repays(evaluations: float, evaluation_seconds: float, shapes: int) -> bool:
 
 def evaluations_of(config: Config) -> float:
     """How many evaluations of a whole batch the configured run comes to, rejected images left out."""
-    images = config.loader.ratio * config.train.batch_size * config.train.steps
+    images = config.loader.peak_ratio * config.train.batch_size * config.train.steps
     weights = [recipe.weight for recipe in config.recipes]
     depth = sum(recipe.weight * sum(recipe.depth) / 2 for recipe in config.recipes) / sum(weights)
     return images / config.stream.batch_size * depth * config.model.steps
@@ -122,10 +123,6 @@ def _kept_at(config: Config, device: torch.device, model_digest: str) -> Path:
     return config.cache / f"execution-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.json"
 
 
-class _Enough(Exception):
-    """The evaluation is measured: leave the sampler."""
-
-
 def measure(sample: Callable[[Callable[[], None]], object], device: torch.device) -> float:
     """Seconds of one evaluation, the second, or the first alone if that takes longer than ten seconds.
 
@@ -138,11 +135,11 @@ def measure(sample: Callable[[Callable[[], None]], object], device: torch.device
             torch.cuda.synchronize(device)
         times.append(time.perf_counter())
         if len(times) > 2 or (len(times) == 2 and times[1] - times[0] > 10):
-            raise _Enough
+            raise Enough
 
     try:
         sample(before_evaluation)
         before_evaluation()
-    except _Enough:
+    except Enough:
         pass
     return times[-1] - times[-2]

@@ -3,10 +3,14 @@
 Not measured on a GPU yet.
 """
 
+import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+
+_log = logging.getLogger("streamaug")
 
 
 class Graphs:
@@ -25,7 +29,9 @@ class Graphs:
         if key not in self._captured:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            began = time.monotonic()
             self._captured[key] = capture(body, changed, self._pool)
+            _log.info("captured the network as CUDA graph %d in %.1f s", len(self._captured), time.monotonic() - began)
         self._captured[key].replay()
 
 

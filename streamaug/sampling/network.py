@@ -4,7 +4,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,16 @@ def compile_network(network: Any, backend: str = "inductor") -> None:
 
     without_modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     network.compile(backend=compiling, dynamic=False, options={"guard_filter_fn": without_modules})
+
+
+@contextmanager
+def uncompiled(network: Any) -> Iterator[None]:
+    """Within it the network runs as it is, so that a batch shape that is tried once is not compiled."""
+    compiled, network._compiled_call_impl = network._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = compiled
 
 
 class FoldedUpsample(nn.Module):

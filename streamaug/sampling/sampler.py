@@ -1,7 +1,9 @@
 """Sampler: an order batch and its starting latents become clean latents. This is the loop."""
 
 import logging
-from collections.abc import Callable, Hashable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from streamaug.orders import OrderBatch, Schedule
 from streamaug.sampling.denoisers.base import Conditioning, Denoiser, Rows, conditional_half
 from streamaug.sampling.graph import Graphs
 from streamaug.sampling.guidance import classifier_shift, combine
+from streamaug.sampling.network import uncompiled
 from streamaug.sampling.solvers.stepped import SteppedSolver
 from streamaug.sampling.solvers.table import SolverTable, schedule_of, solver_for
 
@@ -87,7 +90,8 @@ class Sampler:
         """Latents [B, c, h, w] that enter at `order.start` -> clean latents [B, c, h, w] fp32.
 
         rows: the order's mixed bank rows for the conditioning, if any. `on_evaluation` is called before each
-        evaluation of the network. Its buffers are kept between batches: one batch at a time.
+        evaluation of the network, of which a GPU has at most two waiting. Its buffers are kept between batches: one
+        batch at a time.
         """
         solver = self.solver(order.start)
         images = order.images
@@ -95,17 +99,18 @@ class Sampler:
         conditioning = self._conditionings(order, rows or {}, doubled)
         towards = self._classifier_inputs(images, solver)
         watch = _Watch(images["id"], solver.timesteps) if self.debug_nan else None
+        if on_evaluation and self.denoiser.device.type == "cuda":
+            on_evaluation = _Paced(on_evaluation)
         if isinstance(solver, SteppedSolver):
             return self._stepped(solver, latents, images, doubled, conditioning, towards, watch, on_evaluation)
-        loop = self._loop(latents.shape, len(self.solver(0)), doubled, conditioning)
+        loop = self._loop(latents.shape, doubled, conditioning)
         loop.begin(latents, images, solver, conditioning)
 
-        for evaluation, guided in enumerate(doubled):
+        for evaluation, (guided, after) in enumerate(_with_next(doubled)):
             if on_evaluation:
                 on_evaluation()
             if evaluation == 0 or guided != doubled[evaluation - 1]:
                 self.denoiser.forget()
-            after = doubled[min(evaluation + 1, len(solver) - 1)]
             if towards is not None:
                 loop.advance(guided, after, partial(self._towards_label, solver, loop, evaluation, *towards))
             elif self.graphs is not None:
@@ -115,6 +120,56 @@ class Sampler:
             if watch is not None:
                 watch(evaluation, loop.x)
         return loop.x.clone()
+
+    @torch.no_grad()
+    def warm_up(
+        self,
+        latents: torch.Tensor,
+        order: OrderBatch,
+        rows: Rows | None = None,
+        on_evaluation: Callable[[], None] | None = None,
+    ) -> None:
+        """Compile and capture all that such a batch needs, by one evaluation of each kind. Arguments as of `sample`.
+
+        A later capture could meet a trainer on the same GPU that draws random numbers, which torch does not allow.
+        """
+        solver = self.solver(order.start)
+        doubled = self._doubled(order.images, solver)
+        conditioning = self._conditionings(order, rows or {}, doubled)
+        if isinstance(solver, SteppedSolver):
+            for guided in dict.fromkeys(doubled):
+                if on_evaluation:
+                    on_evaluation()
+                given = latents.to(self.denoiser.device, self.denoiser.dtype).repeat(1 + guided, 1, 1, 1)
+                timestep = torch.tensor(solver.timesteps[0], dtype=torch.float32, device=given.device)
+                self.denoiser(given, timestep, conditioning[guided])
+            return
+        loop = self._loop(latents.shape, doubled, conditioning)
+        loop.begin(latents, order.images, solver, conditioning)
+        for guided, after in dict.fromkeys(_with_next(doubled)):
+            if on_evaluation:
+                on_evaluation()
+            if self.graphs is not None and (order.images["classifier_guidance"] == 0.0).all():
+                self._replay(loop, guided, after)
+            else:
+                loop.advance(guided, after)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `warm_up` has something to do."""
+        return self.denoiser.settings.compile or (self.graphs is not None and self.denoiser.device.type == "cuda")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, for a look at what a batch takes, nothing is compiled, captured or kept, and guidance acts at
+        every evaluation."""
+        graphs, loops, interval = self.graphs, self._loops, self.guidance_interval
+        self.graphs, self._loops, self.guidance_interval = None, {}, (0.0, 1.0)
+        try:
+            with uncompiled(self.denoiser.network):
+                yield
+        finally:
+            self.graphs, self._loops, self.guidance_interval = graphs, loops, interval
 
     def _stepped(
         self,
@@ -158,22 +213,22 @@ class Sampler:
                 watch(evaluation, run.x)
         return run.x
 
-    def _loop(
-        self, shape: torch.Size, evaluations: int, doubled: list[bool], conditioning: dict[bool, Conditioning]
-    ) -> "_Loop":
+    def _loop(self, shape: torch.Size, doubled: list[bool], conditioning: dict[bool, Conditioning]) -> "_Loop":
         """The buffers of batches like this one, made at the first."""
         layout = tuple(
             (name, value.shape, value.dtype) for part in conditioning.values() for name, value in part.items()
         )
         key = shape, frozenset(doubled), layout
         if key not in self._loops:
-            self._loops[key] = _Loop(self, shape, evaluations, set(doubled), conditioning)
+            whole = self.solver(0)
+            assert isinstance(whole, SolverTable)
+            self._loops[key] = _Loop(self, shape, whole, set(doubled), conditioning)
         return self._loops[key]
 
     def _replay(self, loop: "_Loop", guided: bool, after: bool) -> None:
         """Advance by a captured graph; without, from then on, if the network cannot be captured."""
         assert self.graphs is not None
-        key = id(loop), guided, after, loop.noisy
+        key = id(loop), guided, after
         try:
             self.graphs.replay(key, partial(loop.advance, guided, after), loop.changed)
         except RuntimeError as error:
@@ -253,6 +308,31 @@ class Sampler:
         return shift / float(solver.clean[evaluation, 1])
 
 
+def _with_next(doubled: list[bool]) -> list[tuple[bool, bool]]:
+    """Whether each evaluation, and the one after it, has an unconditional half."""
+    return list(zip(doubled, [*doubled[1:], doubled[-1]], strict=True))
+
+
+class _Paced:
+    """`on_evaluation` on a GPU: called when no more than two evaluations wait for the device.
+
+    Otherwise all evaluations of a batch would be queued at once: beats would say nothing of progress, then none would
+    come until the batch is done, and a batch that nobody wants any more could not be abandoned.
+    """
+
+    def __init__(self, on_evaluation: Callable[[], None]):
+        self._on_evaluation = on_evaluation
+        self._queued: deque[torch.cuda.Event] = deque()
+
+    def __call__(self) -> None:
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        self._queued.append(event)
+        if len(self._queued) > 2:
+            self._queued.popleft().synchronize()
+        self._on_evaluation()
+
+
 class _Watch:
     """Logs each image once, at the evaluation after which it is no longer finite."""
 
@@ -280,14 +360,14 @@ class _Loop:
     All that `advance` reads and writes keeps its address, and the evaluation is a counter on the device: called again
     it does the next evaluation, of this batch or of another, and so does a CUDA graph of it. x: fp32 [B, c, h, w];
     inputs: by whether guided, what the network is given, [B or 2B, c, h, w]; coef: fp32 [E, B, len(Column)] and
-    timesteps: fp32 [E], filled from the front by images that enter later.
+    timesteps: fp32 [E], filled from the front by images that enter later; noisy: whether any step draws noise.
     """
 
     def __init__(
         self,
         sampler: "Sampler",
         shape: torch.Size,
-        evaluations: int,
+        whole: SolverTable,
         doubled: set[bool],
         conditioning: dict[bool, Conditioning],
     ):
@@ -308,8 +388,9 @@ class _Loop:
         }
         self.ids = torch.empty(size, dtype=torch.int64, device=device)
         self.guidance = torch.empty(size, device=device)
-        self.coef = torch.zeros((evaluations, size, len(Column)), device=device)
-        self.timesteps = torch.zeros(evaluations, device=device)
+        self.coef = torch.zeros((len(whole), size, len(Column)), device=device)
+        self.timesteps = torch.zeros(len(whole), device=device)
+        self.noisy = whole.noisy
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self._now = torch.zeros(1, device=device)
         self.timestep = self._now.view(())
@@ -329,7 +410,6 @@ class _Loop:
             if table.start not in self._columns:
                 self._columns[table.start] = used_columns(self.coef)
             self.columns, self.clip = self._columns[table.start], table.clip
-            self.noisy = Column.CN in self.columns
         self.guidance.copy_(torch.from_numpy(images["guidance"].copy()))
         self.coef[:, :, Column.GUIDANCE] = self.guidance
         self.ids.copy_(torch.from_numpy(images["id"].copy()))

@@ -17,13 +17,9 @@ fleet then calls `start` again, and what was on its way is made again.
 """
 
 import contextlib
-import json
-import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -31,13 +27,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from streamaug.stream import cuda
+from streamaug.stream.engine import Engine
 from streamaug.stream.memory import Memory
-from streamaug.stream.producer import build_engine, serve
+from streamaug.stream.pixels import Images
+from streamaug.stream.processes import Child, Output
+from streamaug.stream.producer import behind_the_trainer, build_engine, serve
 from streamaug.stream.ring import Layout, Mailboxes, Ring
+from streamaug.stream.starting import Starter
 
-log = logging.getLogger("streamaug")
-
-_TAIL_NBYTES = 16384  # of what a producer prints, the end is kept
 _LEAVE_SECONDS = 0.5  # what a producer gets to leave by itself
 _DIE_SECONDS = 5.0  # a killed process that the system cannot end sooner (it waits for a device) is left behind
 
@@ -54,10 +52,14 @@ class Lane:
     mailboxes_memory: Memory | None
     mailboxes: Mailboxes | None
     mailboxes_shape: tuple[int, int] | None  # (count, bytes of a state)
+    starter: Starter | None = None  # of processes
+    images: Images | None = None  # where they are not simply in `memory`
 
     def close(self) -> None:
         self.wake.close()
         self.wake_producer.close()
+        if self.images is not None:
+            self.images.close()
         self.memory.close()
 
 
@@ -71,6 +73,7 @@ class Work:
     threads: int
     nice: int
     environment: Mapping[str, str] = field(default_factory=dict)  # besides the trainer's own
+    device: str = "cpu"  # cpu, cuda or cuda:1, as the producer itself counts
 
 
 class Producer(Protocol):
@@ -120,19 +123,20 @@ class ThreadProducer:
         return []
 
     def start(self, incarnation: int) -> None:
-        lane, work = self._lane, self._work
-        self.thread = threading.Thread(
-            target=serve,
-            args=(
-                Ring(lane.memory, lane.layout),
-                lane.mailboxes,
-                lane.wake_producer,
-                lambda: build_engine(work.engine, work.options),
-            ),
-            name="streamaug-producer",
-            daemon=True,
-        )
+        ring = Ring(self._lane.memory, self._lane.layout)
+        ring.place(self._lane.images)
+        self.thread = threading.Thread(target=self._serve, args=(ring,), name="streamaug-producer", daemon=True)
         self.thread.start()
+
+    def _serve(self, ring: Ring) -> None:
+        lane, work = self._lane, self._work
+        with contextlib.ExitStack() as ends:
+
+            def build() -> Engine:
+                ends.enter_context(behind_the_trainer(work.device))
+                return build_engine(work.engine, work.options)
+
+            serve(ring, lane.mailboxes, lane.wake_producer, build)
 
     def alive(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
@@ -152,7 +156,7 @@ class ThreadProducer:
 
 
 class ProcessProducer:
-    """Backend `process`: `python -m streamaug.stream.producer`, in a session of its own."""
+    """Backend `process`: `streamaug.stream.producer` in a process of its own."""
 
     can_restart = True
     thread: threading.Thread | None = None
@@ -160,25 +164,23 @@ class ProcessProducer:
     def __init__(self, lane: Lane, work: Work):
         self._lane = lane
         self._work = work
-        self._process: subprocess.Popen | None = None
-        self._output: int | None = None  # what it prints arrives here
-        self._pidfd: int | None = None
+        self._child: Child | None = None
+        self._output: Output | None = None
         self._end = "it was not started"
-        self._tail = b""
-        self._line = b""  # printed so far of the last line
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return self._child.pid if self._child is not None else None
 
     @property
     def watch_fds(self) -> list[int]:
-        return [fd for fd in (self._pidfd, self._output) if fd is not None]
+        return [fd for source in (self._child, self._output) if source is not None for fd in source.watch_fds]
 
     def start(self, incarnation: int) -> None:
         lane, work = self._lane, self._work
+        assert lane.memory.fd is not None and lane.starter is not None
         fds = {"ring": lane.memory.fd, "wake": lane.wake_producer.fileno()}
-        if lane.mailboxes_memory is not None:
+        if lane.mailboxes_memory is not None and lane.mailboxes_memory.fd is not None:
             fds["mailboxes"] = lane.mailboxes_memory.fd
         spec = {
             "engine": work.engine,
@@ -186,65 +188,43 @@ class ProcessProducer:
             "seed": work.seed,
             "threads": work.threads,
             "nice": work.nice,
-            "trainer_pid": os.getpid(),
-            "sys_path": [path or os.getcwd() for path in sys.path],
             "fault": os.environ.get("STREAMAUG_FAULT") if incarnation == 0 else None,
             "layout": asdict(lane.layout),
             "mailboxes": lane.mailboxes_shape,
-            "fds": fds,
+            "images": None if lane.images is None else lane.images.share(),
+            "device": work.device,
+            "cuda": cuda.PROVIDER,
         }
         self._end = "still running"
-        self._tail = b""
-        output, producers_end = os.pipe()
-        os.set_blocking(output, False)
+        output = Output()
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "streamaug.stream.producer"],
-                stdin=subprocess.PIPE,
-                stdout=producers_end,
-                stderr=producers_end,
-                pass_fds=[fd for fd in fds.values() if fd is not None],
-                env=_environment(work),
-                start_new_session=True,  # a terminal's Ctrl-C is for the trainer
-            )
-        except OSError:
-            os.close(output)
+            self._child = lane.starter.start(spec, fds, _environment(work), output)
+        except BaseException:
+            output.close()
             raise
-        finally:
-            os.close(producers_end)
-        self._process, self._output = process, output
-        with contextlib.suppress(OSError, AttributeError):  # without it, the keeper looks at intervals
-            self._pidfd = os.pidfd_open(process.pid)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # a death is noticed elsewhere
-            stdin.write(json.dumps(spec).encode())
+        self._output = output
 
     def alive(self) -> bool:
-        if self._process is None:
+        if self._child is None:
             return False
-        if not _has_exited(self._process.pid):
+        code = self._child.poll()
+        if code is None:
             return True
-        self._bury(self._process)
+        assert self._output is not None
+        self._output.close()
+        self._end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code == -signal.SIGKILL:
+            self._end += " (the system does that when memory runs out)"
+        self._child = None
         return False
 
     def look(self) -> None:
-        while self._output is not None:
-            try:
-                text = os.read(self._output, 65536)
-            except BlockingIOError:
-                return
-            if not text:
-                os.close(self._output)
-                self._output = None
-            self._tail = (self._tail + text)[-_TAIL_NBYTES:]
-            *lines, self._line = (self._line + text).split(b"\n")
-            for line in lines:
-                _log_again(line.decode(errors="replace"))
+        if self._output is not None:
+            self._output.read()
 
     def kill(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._child is not None:
+            self._child.kill()
 
     def stop(self) -> None:
         deadline = time.monotonic() + _LEAVE_SECONDS
@@ -256,38 +236,8 @@ class ProcessProducer:
             time.sleep(0.005)
 
     def last_words(self) -> str:
-        text = self._tail.decode(errors="replace").strip()
+        text = "" if self._output is None else self._output.last_words
         return f"{self._end}; its last words:\n{text}" if text else f"{self._end} without a word"
-
-    def _bury(self, process: subprocess.Popen) -> None:
-        """Its descendants first, while its process group cannot have been taken over by anybody else."""
-        self.kill()
-        code = process.wait()
-        self.look()
-        self._end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        if code == -signal.SIGKILL:
-            self._end += " (the system does that when memory runs out)"
-        self._process = None
-        for fd in self.watch_fds:
-            os.close(fd)
-        self._pidfd = self._output = None
-
-
-def _log_again(line: str) -> None:
-    """Log what a producer printed: its own log records at their level, the rest for debugging."""
-    level, _, rest = line.partition(" ")
-    known = logging.getLevelNamesMapping().get(level)
-    if known is not None and rest.startswith("streamaug"):
-        log.log(known, "producer: %s", rest.partition(": ")[2])
-    else:
-        log.debug("producer: %s", line)
-
-
-def _has_exited(pid: int) -> bool:
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
 
 
 def _environment(work: Work) -> dict[str, str]:

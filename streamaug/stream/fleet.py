@@ -1,76 +1,73 @@
-"""The producers of one stream: allocates their rings, starts them, notices deaths and hangs, replaces, ends
-them."""
+"""The producers of one stream and their rings, as the trainer's thread sees them."""
 
+import contextlib
 import logging
 import os
-import select
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
-from streamaug import errors
+import numpy as np
+
 from streamaug.config import StreamConfig
-from streamaug.errors import ProducerError, StreamaugError, UsageError
+from streamaug.errors import StreamaugError
 from streamaug.orders import OrderBatch
 from streamaug.stream import memory
 from streamaug.stream.backends import Lane, ProcessProducer, Producer, ThreadProducer, Work
+from streamaug.stream.keeper import Keeper, Watch, remote_error
+from streamaug.stream.memory import Memory
+from streamaug.stream.placement import Placement
 from streamaug.stream.producer import hint, wait
-from streamaug.stream.ring import FAILED, READY, STARTING, Layout, Mailboxes, Ring
+from streamaug.stream.ring import FAILED, Layout, Mailboxes, Ring
+from streamaug.stream.starting import Starter, start_method
 
 log = logging.getLogger("streamaug")
 
-_LOOK_SECONDS = 0.25  # how often the keeper looks when nothing wakes it
+_POLL_SECONDS = 50e-6
 _BACKENDS: dict[str, Callable[[Lane, Work], Producer]] = {"process": ProcessProducer, "local": ThreadProducer}
 
 
-@dataclass
-class _Watch:
-    """What the keeper knows about one producer."""
-
-    producer: Producer
-    lane: Lane
-    incarnation: int = 0
-    started: float = 0.0  # monotonic seconds
-    published_at_start: int = 0
-    deaths: int = 0  # in a row, without a batch in between
-    progress: tuple[int, int] = (0, 0)
-    stalled: float = 0.0  # seconds without progress while there was work
-    reported: bool = False
-
-
 class Fleet:
-    """`config.producers` producers and their rings. Nothing is allocated before `start`.
+    """`config.producers` producers and their rings. Nothing is allocated before `start`; from then on a thread, the
+    keeper, sees to the producers. All methods are for the trainer's thread."""
 
-    A thread, the keeper, starts producers and replaces dead ones at once, also while the trainer is busy
-    elsewhere. All other methods are for the trainer's thread.
-    """
+    def __init__(
+        self,
+        config: StreamConfig,
+        backend: str,
+        layout: Layout,
+        judge_nbytes: int,
+        work: Work,
+        *,
+        trainer_device: str = "cpu",
+    ):
+        """backend: local or process. trainer_device: where `take` hands out images, "cpu" or "cuda:0".
 
-    def __init__(self, config: StreamConfig, backend: str, layout: Layout, judge_nbytes: int, work: Work):
-        """Raises MemoryTooSmall when the rings cannot fit."""
+        Raises MemoryTooSmall when the rings cannot fit, UsageError when what was configured contradicts itself.
+        """
         self.config = config
-        self.layout = layout
         self.work = work
         self.backend = backend
+        self.placement = Placement(config, backend, layout, work, trainer_device)
+        self.layout = self.placement.layout
+        on_gpu = self.placement.sees_gpus(work)
+        self._start_method = start_method(config.start_method, on_gpu=on_gpu, threads=work.threads)
         self.mailboxes: Mailboxes | None = None
-        self.restarts = 0
-        self._memory_kind: memory.Kind = "private" if backend == "local" else memory.choose(config.memory)
         self._mailboxes_shape = (config.in_flight + 2, judge_nbytes) if judge_nbytes else None
-        self._mailboxes_memory: memory.Memory | None = None
-        self._watches: list[_Watch] = []
-        self._failure: StreamaugError | None = None
+        self._mailboxes_memory: Memory | None = None
+        self._watches: list[Watch] = []
+        self._starter: Starter | None = None
         self._closed = False
         self._release_in_keeper = False
-        self._spawned = threading.Event()
-        self._keeper: threading.Thread | None = None
-        self._stir: tuple[int, int] | None = None  # a pipe that wakes the keeper
+        self._keeper: Keeper | None = None
         self._owner = os.getpid()
         self._require_memory()
 
     @property
     def nbytes(self) -> int:
-        """Shared memory of all rings and mailboxes together."""
+        """Memory of the host that all rings and mailboxes take together."""
         mailboxes = Mailboxes.nbytes(*self._mailboxes_shape) if self._mailboxes_shape else 0
         return self.config.producers * self.layout.nbytes + mailboxes
 
@@ -83,6 +80,11 @@ class Fleet:
         return [pid for watch in self._watches if (pid := watch.producer.pid) is not None]
 
     @property
+    def restarts(self) -> int:
+        """Producers that were replaced."""
+        return 0 if self._keeper is None else self._keeper.restarts
+
+    @property
     def ready_ns(self) -> int:
         """When the last producer became ready, CLOCK_MONOTONIC nanoseconds."""
         return max(ring.ready_ns for ring in self.rings)
@@ -92,19 +94,20 @@ class Fleet:
         self.check()
         if self._keeper is None:
             self._begin()
-        self._spawned.wait()
+        assert self._keeper is not None
+        self._keeper.spawned.wait()
         self.check()
 
     def _begin(self) -> None:
         self._require_memory()
         try:
             self._allocate()
+            keeper = Keeper(self.config, self._watches, self._producers_ended)
         except BaseException as error:
             self.release()
             if isinstance(error, OSError):
                 raise StreamaugError(f"the ring cannot be made: {error.strerror} (see ulimit -n)") from None
             raise
-        keeper = threading.Thread(target=self._keep, name="streamaug-keeper", daemon=True)
         try:
             keeper.start()
         except RuntimeError as error:
@@ -115,9 +118,22 @@ class Fleet:
     def issue(self, at: int, order: OrderBatch, judge_post: int) -> int:
         """Write an order into ring `at` and wake its producer; returns the order's number there."""
         lane = self._watches[at].lane
+        while not lane.ring.slot(lane.ring.issued).free:  # the trainer's GPU still reads what the order would overwrite
+            self.check()
+            time.sleep(_POLL_SECONDS)
         number = lane.ring.issue(order, judge_post)
         hint(lane.wake)
         return number
+
+    def new_images(self, n: int) -> Any:
+        """Room for n images where the trainer takes them: a uint8 array or tensor [n, C, H, W], to which
+        `Slot.copy_images` copies."""
+        shape = (n, *self.layout.image_shape)
+        if not self.placement.sides.trainer_on_gpu:
+            return np.empty(shape, np.uint8)
+        import torch
+
+        return torch.empty(shape, dtype=torch.uint8, device=self.placement.sides.trainer)
 
     def skip_to(self, at: int, number: int) -> None:
         lane = self._watches[at].lane
@@ -131,16 +147,16 @@ class Fleet:
     def check(self) -> None:
         """Raise what went wrong for good: the producer's own exception, or that it keeps dying."""
         self._hear_failures()
-        if self._failure is not None:
-            raise self._failure
+        if self._keeper is not None and self._keeper.failure is not None:
+            raise self._keeper.failure
         if self._closed:
             raise StreamaugError("the stream was closed")
 
     def _hear_failures(self) -> None:
         # Not in `check`, whose variables the exception that it raises would keep alive, the rings' memory with them.
         for watch in self._watches:
-            if watch.lane.ring.state == FAILED:
-                self._failed(_remote_error(watch.lane.ring))
+            if watch.lane.ring.state == FAILED and self._keeper is not None:
+                self._keeper.failed(remote_error(watch.lane.ring))
 
     @property
     def closed(self) -> bool:
@@ -151,33 +167,40 @@ class Fleet:
         if os.getpid() != self._owner:
             return
         self._closed = True
-        if self._keeper is not None and self._stir is not None:
-            os.write(self._stir[1], b"!")
-            self._keeper.join()
+        if self._keeper is not None:
+            self._keeper.stop()
 
     def close(self) -> None:
         """End all producers and give the memory back."""
-        if threading.current_thread() in self._own_threads():  # garbage collection may strike on any thread
+        if self._is_own_thread():  # garbage collection may strike on any thread
             self._closed = self._release_in_keeper = True
+            if self._keeper is not None:
+                self._keeper.leave()
         elif os.getpid() == self._owner:
             self.stop()
             self.release()
 
-    def _own_threads(self) -> set[threading.Thread | None]:
-        return {self._keeper} | {watch.producer.thread for watch in self._watches}
+    def _is_own_thread(self) -> bool:
+        here = threading.current_thread()
+        keeper = self._keeper is not None and self._keeper.is_this_thread()
+        return keeper or here in [watch.producer.thread for watch in self._watches]
+
+    def _producers_ended(self) -> None:
+        if self._starter is not None:
+            self._starter.close()
+        if self._release_in_keeper:
+            self.release()
 
     def release(self) -> None:
         for watch in self._watches:
             watch.lane.close()
-        self._watches = []
+        self._watches.clear()
         self.mailboxes = None
         if self._mailboxes_memory is not None:
             self._mailboxes_memory.close()
             self._mailboxes_memory = None
-        if self._stir is not None:
-            for fd in self._stir:
-                os.close(fd)
-            self._stir = None
+        if self._keeper is not None:
+            self._keeper.release()
 
     def _require_memory(self) -> None:
         layout = self.layout
@@ -185,167 +208,41 @@ class Fleet:
             f"{self.config.producers} x {layout.slots} slots of {layout.batch_size} images of "
             f"{'x'.join(str(side) for side in layout.image_shape)}"
         )
-        memory.require(self._memory_kind, self.nbytes, what)
+        self.placement.require(self.nbytes, what)
 
     def _allocate(self) -> None:
-        self._stir = os.pipe()
+        self._starter = Starter(self._start_method, self.work.engine.partition(":")[0])
+        log.debug("%s", self.placement)
         if self._mailboxes_shape is not None:
-            self._mailboxes_memory = memory.Memory.create(self._memory_kind, Mailboxes.nbytes(*self._mailboxes_shape))
+            self._mailboxes_memory = Memory.create(self.placement.host, Mailboxes.nbytes(*self._mailboxes_shape))
             self.mailboxes = Mailboxes(self._mailboxes_memory, *self._mailboxes_shape)
             self.mailboxes.clear()
-        for _ in range(self.config.producers):
+        for at in range(self.config.producers):
+            lane = self._new_lane()
+            self._watches.append(Watch(_BACKENDS[self.backend](lane, self.placement.work(self.work, at)), lane))
+
+    def _new_lane(self) -> Lane:
+        with contextlib.ExitStack() as undo:
+            block = Memory.create(self.placement.host, self.layout.nbytes, huge_pages=self.config.huge_pages)
+            undo.callback(block.close)
+            images = self.placement.images(block)
+            if images is not None:
+                undo.callback(images.close)
+            ring = Ring(block, self.layout)
+            ring.place(images)
             ours, theirs = socket.socketpair()
-            block = memory.Memory.create(self._memory_kind, self.layout.nbytes)
-            lane = Lane(
-                self.layout,
-                block,
-                Ring(block, self.layout),
-                ours,
-                theirs,
-                self._mailboxes_memory,
-                self.mailboxes,
-                self._mailboxes_shape,
-            )
-            self._watches.append(_Watch(_BACKENDS[self.backend](lane, self.work), lane))
-
-    # The keeper's thread. Producers are started here because on Linux a producer dies with the thread that
-    # started it: this one lives exactly as long as the fleet, whichever thread the user calls from.
-
-    def _keep(self) -> None:
-        try:
-            for watch in self._watches:
-                self._spawn(watch)
-            self._spawned.set()
-            last = time.monotonic()
-            while not self._closed:
-                self._doze()
-                now = time.monotonic()
-                # A longer gap means that we were stopped ourselves: it is no evidence against a producer.
-                elapsed, last = min(now - last, 2 * _LOOK_SECONDS), now
-                for watch in self._watches:
-                    self._look(watch, now, elapsed)
-        except Exception as error:
-            self._failed(StreamaugError(f"the producers cannot be watched any more: {error!r}"))
-        finally:
-            self._spawned.set()
-            self._end()
-
-    def _end(self) -> None:
-        for watch in self._watches:
-            watch.lane.ring.close()
-            hint(watch.lane.wake)
-        for watch in self._watches:
-            watch.producer.stop()
-        if self._release_in_keeper:
-            self.release()
-
-    def _doze(self) -> None:
-        poll = select.poll()
-        assert self._stir is not None
-        poll.register(self._stir[0], select.POLLIN)
-        if self._failure is None:
-            for watch in self._watches:
-                for fd in watch.producer.watch_fds:
-                    poll.register(fd, select.POLLIN)
-        poll.poll(_LOOK_SECONDS * 1000)
-
-    def _spawn(self, watch: _Watch) -> None:
-        ring = watch.lane.ring
-        ring.restart()
-        watch.started = time.monotonic()
-        watch.published_at_start = ring.published
-        watch.stalled, watch.reported = 0.0, False
-        try:
-            watch.producer.start(watch.incarnation)
-        except (OSError, RuntimeError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            self._failed(StreamaugError(f"a producer cannot be started: {why} (see ulimit -n and ulimit -u)"))
-        watch.incarnation += 1
-
-    def _look(self, watch: _Watch, now: float, elapsed: float) -> None:
-        if self._failure is not None:
-            return
-        watch.producer.look()
-        ring = watch.lane.ring
-        if not watch.producer.alive():
-            self._replace(watch)
-        elif ring.state == STARTING:
-            if now - watch.started > self.config.start_timeout:
-                watch.producer.kill()
-                self._failed(
-                    ProducerError(
-                        f"a producer was not ready after {self.config.start_timeout:g} s "
-                        f"(stream.start_timeout): {watch.producer.last_words()}"
-                    )
-                )
-        elif ring.state == READY:
-            self._look_for_stall(watch, elapsed)
-
-    def _look_for_stall(self, watch: _Watch, elapsed: float) -> None:
-        ring = watch.lane.ring
-        progress = (ring.published, ring.last_beat_ns)
-        if progress != watch.progress or ring.issued <= ring.published:
-            watch.progress, watch.stalled, watch.reported = progress, 0.0, False
-            return
-        watch.stalled += elapsed
-        if watch.stalled > self.config.stall_timeout and not watch.reported:
-            watch.reported = True
-            log.warning("%s has made no progress for %.0f s", _name(watch), watch.stalled)
-        # The first batch may compile and load for as long as starting may take.
-        first = ring.published == watch.published_at_start
-        limit = max(self.config.hang_timeout, self.config.start_timeout if first else 0.0)
-        if watch.stalled > limit:
-            log.warning("%s made no progress for %.0f s: replacing it", _name(watch), watch.stalled)
-            watch.producer.kill()
-            if not watch.producer.can_restart:
-                self._failed(
-                    ProducerError(
-                        f"the producer's thread made no progress for {watch.stalled:.0f} s "
-                        "(stream.hang_timeout); only stream.backend: process can replace a hung producer"
-                    )
-                )
-
-    def _replace(self, watch: _Watch) -> None:
-        ring = watch.lane.ring
-        if ring.state == FAILED:
-            self._failed(_remote_error(ring))
-            return
-        if ring.published > watch.published_at_start:
-            watch.deaths = 0
-        watch.deaths += 1
-        words = watch.producer.last_words()
-        if watch.deaths > self.config.max_restarts or not watch.producer.can_restart:
-            self._failed(
-                ProducerError(
-                    f"a producer died {watch.deaths} times in a row without completing a batch "
-                    f"(stream.max_restarts: {self.config.max_restarts}): {words}"
-                )
-            )
-            return
-        log.warning("a producer died, starting another, which makes its last batch again: %s", words)
-        self.restarts += 1
-        self._spawn(watch)
-
-    def _failed(self, error: StreamaugError) -> None:
-        if self._failure is None:
-            self._failure = error
-
-
-def _name(watch: _Watch) -> str:
-    pid = watch.producer.pid
-    return f"the producer (process {pid})" if pid else "the producer"
-
-
-def _remote_error(ring: Ring) -> StreamaugError:
-    """The exception a producer left, as the trainer raises it: a refusal keeps its class, the rest is
-    ProducerError."""
-    report = ring.error()
-    where = "while starting" if report["k"] is None else f"in batch {report['k']}"
-    kind = getattr(errors, report["type"], None)
-    if isinstance(kind, type) and issubclass(kind, UsageError) and kind is not errors.MissingExtra:
-        error: StreamaugError = kind(report["message"])
-        error.add_note(f"Raised by the producer {where}:\n{report['traceback']}")
-        return error
-    return ProducerError(
-        f"the producer raised {report['type']} {where}: {report['message']}\n\n{report['traceback'].rstrip()}"
-    )
+            undo.pop_all()
+        if self.config.huge_pages and not block.huge_pages and not self._watches:
+            log.warning("stream.huge_pages: %s", memory.why_no_huge_pages(self.placement.host))
+        return Lane(
+            layout=self.layout,
+            memory=block,
+            ring=ring,
+            wake=ours,
+            wake_producer=theirs,
+            mailboxes_memory=self._mailboxes_memory,
+            mailboxes=self.mailboxes,
+            mailboxes_shape=self._mailboxes_shape,
+            starter=self._starter,
+            images=images,
+        )

@@ -2,8 +2,9 @@
 
 One file, appended to: a line that names the format, then records of kind, length, checksum and contents. A record is
 written before the first image of its batch is delivered. It holds the whole OrderBatch, so nothing has to be planned
-again. A process that is killed loses no record; a machine that goes down loses those of the last SYNC_SECONDS. A
-record that was cut short is noticed, and cut off when the run goes on.
+again, in at most 64 bytes an image; of a live judge each state that judged a batch is added once, as it is. A process
+that is killed loses no record; a machine that goes down loses those of the last SYNC_SECONDS. A record that was cut
+short is noticed, and cut off when the run goes on.
 """
 
 import fcntl
@@ -26,6 +27,7 @@ import numpy as np
 
 from streamaug.errors import StateError, StreamaugError, UsageError
 from streamaug.orders import HEAD_DTYPE, ORDER_DTYPE, OrderBatch
+from streamaug.stream.arrays import as_array
 from streamaug.stream.position import Identity, Position
 from streamaug.stream.ring import Slot
 
@@ -33,14 +35,14 @@ log = logging.getLogger("streamaug")
 
 SYNC_SECONDS = 30.0
 
-_MAGIC = b"streamaug manifest 1\n"
+_MAGIC = b"streamaug manifest 2\n"
 _FRAME = struct.Struct("<BII")  # kind, bytes of the contents, checksum of kind, bytes and contents
 _RUN, _JUDGE, _BATCH, _POSITION = range(1, 5)
 _JUDGE_HEAD = struct.Struct("<q")  # version
 _BATCH_HEAD = struct.Struct("<qqII")  # k, judge version, accepted images, `check_of` them
 _CHECKED_NBYTES = 65536  # of a batch's pixels, at least one image
 _IDENTITY = ("plan", "batch_size", "rank", "world_size", "judge_nbytes")
-_EVERYTHING = {"undelivered": [], "offset": 0, "next_k": -(1 << 63)}
+_EVERYTHING = {"undelivered": [], "offsets": [], "next_k": -(1 << 63)}
 
 
 def versions(device: str) -> dict[str, str]:
@@ -74,7 +76,7 @@ def check_of(slot: Slot) -> int:
     """
     count = slot.count
     first = max(_CHECKED_NBYTES // max(slot.images[0].nbytes, 1), 1)
-    return zlib.crc32(slot.images[: min(count, first)].data, zlib.crc32(slot.scores[:count].data))
+    return zlib.crc32(as_array(slot.images[: min(count, first)]).data, zlib.crc32(slot.scores[:count].data))
 
 
 def path_of_rank(path: Path, rank: int, world_size: int) -> Path:
@@ -120,6 +122,7 @@ class ManifestWriter:
         self._current_judges: set[int] = set()  # versions whose state in the file is the one in use
         # Written before the next batch: what of the file still stands. A run that does not go on begins anew.
         self._stands: dict[str, Any] | None = _EVERYTHING
+        self._recorded = False  # whether this process wrote a batch: one that delivers nothing undoes nothing
         self._end = 0
         self._synced = time.monotonic()
         self._file = _open_locked(self.path)
@@ -155,6 +158,7 @@ class ManifestWriter:
         version = order.judge_version
         if version in judges and version not in self._current_judges:
             self._append_judge(version, judges[version])
+        self._recorded = True
         self._append(_BATCH, _packed(order, slot))
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
@@ -172,9 +176,10 @@ class ManifestWriter:
         self._current_judges.clear()
 
     def mark(self, position: Position) -> None:
-        """Record how far the batches written last were delivered."""
-        if self._stands is None:
+        """Record how far the batches were delivered that this process wrote."""
+        if self._recorded:
             self._append(_POSITION, json.dumps(_as_json(position)).encode())
+            self._stands = None
 
     def close(self, position: Position) -> None:
         """Mark the end and let go of the file. May be called twice; never raises."""
@@ -283,14 +288,12 @@ class Manifest:
             )
         self.runs.append(run)
 
-    def _stand(self, undelivered: list[int], offset: int, next_k: int) -> None:
+    def _stand(self, undelivered: list[int], offsets: list[int], next_k: int) -> None:
         """Of what was recorded, only this was delivered: see `Position`."""
-        left = offset
         delivered = dict.fromkeys((k for k in self.batches if k >= next_k), 0)
-        for k in undelivered:
+        for k, offset in zip(undelivered, offsets, strict=True):
             if k in self.batches:
-                delivered[k] = min(left, self.batches[k].accepted)
-                left -= delivered[k]
+                delivered[k] = min(offset, self.batches[k].accepted)
         for k, number in delivered.items():
             self.batches[k] = replace(self.batches[k], delivered=number)
 
@@ -374,7 +377,7 @@ def _usual_ids(k: int, batch_size: int) -> np.ndarray:
 def _as_json(position: Position) -> dict[str, Any]:
     return {
         "undelivered": [k for k, _, _ in position.undelivered],
-        "offset": position.offset,
+        "offsets": position.offsets,
         "next_k": position.next_k,
     }
 

@@ -17,36 +17,50 @@ from typing import Literal
 from streamaug.errors import MemoryTooSmall
 
 Kind = Literal["memfd", "shm", "file", "private"]
+HugePages = Literal["reserved", "transparent", ""]
 
 SHM_FOLDER = "/dev/shm"
 NAME_PREFIX = "streamaug-ring-"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
 
 
 class Memory:
-    """`nbytes` of zeroed memory. `view` is its buffer; `fd` is what another process maps (None when
-    private)."""
+    """`nbytes` of zeroed memory. `view` is its buffer; `fd` is what another process maps (None when private);
+    `huge_pages` is what kind of them it has, "" for none."""
 
-    def __init__(self, nbytes: int, fd: int | None):
-        flags = getattr(mmap, "MAP_POPULATE", 0)
+    def __init__(self, nbytes: int, fd: int | None, huge_pages: HugePages = ""):
+        # Of reserved huge pages a mapping has a whole number, which is what the block was made with.
+        length = nbytes if fd is None else max(nbytes, os.fstat(fd).st_size)
         if fd is None:
-            self._map = mmap.mmap(-1, nbytes)
+            self._map = mmap.mmap(-1, length)
         else:
-            self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | flags)
+            populate = 0 if huge_pages == "transparent" else getattr(mmap, "MAP_POPULATE", 0)
+            self._map = mmap.mmap(fd, length, flags=mmap.MAP_SHARED | populate)
+        if huge_pages == "transparent":
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # an older kernel: they come one by one
+                self._map.madvise(_MADV_POPULATE_WRITE)
         self.nbytes = nbytes
         self.fd = fd
-        self.view = memoryview(self._map)
+        self.huge_pages = huge_pages
+        self.view = memoryview(self._map)[:nbytes]
 
     @classmethod
-    def create(cls, kind: Kind, nbytes: int) -> "Memory":
-        """Allocate and reserve the block. Raises MemoryTooSmall when the system refuses."""
+    def create(cls, kind: Kind, nbytes: int, *, huge_pages: bool = False) -> "Memory":
+        """Allocate and reserve the block, in huge pages where they are wanted and this system has them. Raises
+        MemoryTooSmall when the system refuses."""
         fd = None
+        if huge_pages and kind == "memfd" and (block := _in_reserved_pages(nbytes)) is not None:
+            return block
+        pages: HugePages = "transparent" if huge_pages and _transparent_pages() else ""
         try:
             if kind != "private":
                 fd = _OPEN[kind]()
                 os.ftruncate(fd, nbytes)
-                if hasattr(os, "posix_fallocate"):
+                if hasattr(os, "posix_fallocate") and not pages:  # which would reserve small ones
                     os.posix_fallocate(fd, 0, nbytes)  # a full file system says so now, not as a SIGBUS later
-            return cls(nbytes, fd)
+            return cls(nbytes, fd, pages)
         except OSError as error:
             if fd is not None:
                 os.close(fd)
@@ -72,15 +86,64 @@ class Memory:
             self._map.close()
 
 
-def choose(setting: str) -> Kind:
-    """The kind of memory that stream.memory (auto, memfd, shm, file) means on this machine."""
-    if setting != "auto":
+def _in_reserved_pages(nbytes: int) -> Memory | None:
+    """A block in huge pages that were set aside (vm.nr_hugepages); None where there are too few."""
+    size = _huge_page_nbytes()
+    if not size or not hasattr(os, "MFD_HUGETLB"):
+        return None
+    length = -(-nbytes // size) * size
+    fd = None
+    try:
+        fd = os.memfd_create("streamaug", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+        os.ftruncate(fd, length)
+        os.posix_fallocate(fd, 0, length)
+        return Memory(nbytes, fd, "reserved")
+    except OSError:
+        if fd is not None:
+            os.close(fd)
+        return None
+
+
+def _transparent_pages() -> bool:
+    """Whether this system makes huge pages of shared memory that asks for them (madvise); a private block is shared
+    memory too, which nobody else maps."""
+    return hasattr(mmap, "MADV_HUGEPAGE") and _setting_of_huge_pages() not in ("", "never", "deny")
+
+
+def why_no_huge_pages(kind: Kind) -> str:
+    """What to change on this system so that blocks of this kind are in huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or not (found := _setting_of_huge_pages()):
+        return "this system has none"
+    reserve = "" if kind != "memfd" else ", or reserve some: sysctl vm.nr_hugepages=N"
+    return f"{_HUGE_PAGES}/shmem_enabled is {found}: write advise to it{reserve}"
+
+
+def _setting_of_huge_pages() -> str:
+    """The bracketed word of "always within_size [advise] never"."""
+    try:
+        return (_HUGE_PAGES / "shmem_enabled").read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return ""
+
+
+def _huge_page_nbytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Hugepagesize:")), 0)
+
+
+def choose(setting: str, nbytes: int = 0) -> Kind:
+    """The kind of host memory that stream.memory means on this machine for so many bytes; auto, pinned and cuda leave
+    it open: then it is memfd, and where there is none /dev/shm, and where that is too small a file."""
+    if setting not in ("auto", "pinned", "cuda"):
         return setting  # type: ignore[return-value]
     try:
         os.close(_open_memfd())
         return "memfd"
     except (OSError, AttributeError):
-        return "shm" if os.path.isdir(SHM_FOLDER) else "file"
+        return "shm" if os.path.isdir(SHM_FOLDER) and available("shm") >= nbytes else "file"
 
 
 def available(kind: Kind) -> int:

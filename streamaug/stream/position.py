@@ -14,7 +14,7 @@ from streamaug.stream.steering import Steering
 
 log = logging.getLogger("streamaug")
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Identity:
 @dataclass(frozen=True)
 class Position:
     undelivered: list[tuple[int, int, int]]  # (k, plan version, judge version), in the order of delivery
-    offset: int  # accepted images of the first one that were delivered
+    offsets: list[int]  # of each, how many of its accepted images were delivered
     next_k: int
     empty_run: int  # batches without an accepted image up to here
     weights: dict[int, Weights]  # the versions that undelivered orders name, and the latest
@@ -51,7 +51,7 @@ class Position:
             "format": _FORMAT,
             **asdict(identity),
             "undelivered": [list(names) for names in self.undelivered],
-            "offset": self.offset,
+            "offsets": list(self.offsets),
             "next_k": self.next_k,
             "empty_run": self.empty_run,
             "weights": {str(version): kept.classes.tolist() for version, kept in self.weights.items()},
@@ -73,7 +73,7 @@ class Position:
         }
         return cls(
             undelivered=[(k, plan, judge) for k, plan, judge in state["undelivered"]],
-            offset=state["offset"],
+            offsets=list(state["offsets"]),
             next_k=state["next_k"],
             empty_run=state["empty_run"],
             weights=weights,

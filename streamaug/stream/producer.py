@@ -19,19 +19,23 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
 from streamaug.orders import REASONS, OrderBatch
-from streamaug.stream import faults
+from streamaug.stream import cuda, faults
+from streamaug.stream.emission import Emission
 from streamaug.stream.engine import Abandoned, Engine
 from streamaug.stream.faults import fault
 from streamaug.stream.memory import Memory
+from streamaug.stream.pixels import attach
 from streamaug.stream.ring import STAGES, Layout, Mailboxes, Ring
 
 IDLE_SECONDS = 0.25  # what a lost wake-up costs at most
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the trainer logs such lines again, at their level
+_POLL_SECONDS = 50e-6
 _LOOK_SECONDS = 0.2  # how often a producer looks whether its trainer is still there
 
 
@@ -91,7 +95,8 @@ class _Loop:
             order = slot.order
             self.k = order.k
             self._load_judge(engine, order.judge_version, slot.judge_post)
-            count = engine.make(order, slot)
+            made = engine.make(order, slot)
+            count = self._arrived(made) if isinstance(made, Emission) else made
             _check(count, slot.reasons, order)
         except Abandoned:
             count, abandoned = 0, True
@@ -106,6 +111,13 @@ class _Loop:
         hint(self.wake)
         self._number += 1
         self.k = None
+
+    def _arrived(self, emission: Emission) -> int:
+        """Polled: waiting on the device would keep its host from everything else."""
+        while not emission.done():
+            self._beat()
+            time.sleep(_POLL_SECONDS)
+        return emission.complete()
 
     def _beat(self) -> None:
         self.ring.beat(time.monotonic_ns())
@@ -152,6 +164,14 @@ def wait(wakes: list[socket.socket], seconds: float) -> None:
             by_fd[fd].recv(4096, socket.MSG_DONTWAIT)
 
 
+def behind_the_trainer(device: str) -> contextlib.AbstractContextManager[None]:
+    """On a GPU, a stream of the least priority."""
+    if device == "cpu":
+        return contextlib.nullcontext()
+    gpus = cuda.connect()
+    return gpus.stream(gpus.index(device), foreground=False)
+
+
 def build_engine(engine: str, options: dict, prepare: Callable[[], None] | None = None) -> Engine:
     """Import "module:function" and call it with the options; `prepare` runs before it is called and after."""
     module_name, _, function = engine.partition(":")
@@ -165,18 +185,29 @@ def build_engine(engine: str, options: dict, prepare: Callable[[], None] | None 
 
 
 def main() -> None:
-    """The producer process. Its trainer's death ends it, whatever it is doing."""
+    """The producer as a process of its own, a child of the trainer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     spec: dict[str, Any] = json.load(sys.stdin)
+    run(spec, parent=spec["trainer_pid"])
+
+
+def run(spec: dict[str, Any], parent: int) -> NoReturn:
+    """Serve, and end the process. The death of the trainer, or of `parent`, ends it whatever it is doing.
+
+    spec: what `backends.ProcessProducer` wrote; its "fds" are descriptors of this process.
+    """
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     wake = socket.socket(fileno=spec["fds"]["wake"])
-    _die_with(spec["trainer_pid"], wake)
+    die_with(parent)
+    threading.Thread(target=_look_after, args=(parent, wake), name="streamaug-lifeline", daemon=True).start()
     if spec["nice"]:
-        os.nice(spec["nice"])
+        _give_way(spec["nice"])
     sys.path[:] = spec["sys_path"]
     faults.arm(spec["fault"])
+    cuda.PROVIDER = spec["cuda"]
     layout = Layout(**spec["layout"])
-    ring = Ring(Memory.attach(spec["fds"]["ring"], layout.nbytes), layout)
+    block = Memory.attach(spec["fds"]["ring"], layout.nbytes)
+    ring = Ring(block, layout)
     mailboxes = None
     if spec["mailboxes"] is not None:
         count, nbytes = spec["mailboxes"]
@@ -186,26 +217,52 @@ def main() -> None:
     def prepare() -> None:
         _seed(spec["seed"], spec["threads"])
 
-    serve(ring, mailboxes, wake, lambda: build_engine(spec["engine"], spec["options"], prepare))
+    with contextlib.ExitStack() as ends:
+
+        def build() -> Engine:
+            images = attach(spec["images"], block, layout.images_shape, spec["device"])
+            if images is not None:
+                ends.callback(images.close)
+                ring.place(images)
+            ends.enter_context(behind_the_trainer(spec["device"]))
+            return build_engine(spec["engine"], spec["options"], prepare)
+
+        serve(ring, mailboxes, wake, build)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to clean up, and tearing an interpreter with torch down takes a second
 
 
-def _die_with(trainer_pid: int, wake: socket.socket) -> None:
-    """End this process when its trainer ends: by the kernel where it can, else by a thread that looks."""
+def die_with(parent: int) -> None:
+    """Let the kernel end this process when its parent ends, where it can. Starts no thread."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
-
-    def look() -> None:
-        poll = select.poll()
-        poll.register(wake, getattr(select, "POLLRDHUP", 0))
-        while os.getppid() == trainer_pid and not poll.poll(_LOOK_SECONDS * 1000):
-            pass
+    if os.getppid() != parent:  # it had ended before
         os._exit(1)
 
-    threading.Thread(target=look, name="streamaug-lifeline", daemon=True).start()
+
+def _look_after(parent: int, wake: socket.socket) -> None:
+    """End this process when its parent has ended or the trainer's end of the socket is closed."""
+    poll = select.poll()
+    poll.register(wake, getattr(select, "POLLRDHUP", 0))
+    while os.getppid() == parent and not poll.poll(_LOOK_SECONDS * 1000):
+        pass
+    os._exit(1)
+
+
+def _give_way(nice: int) -> None:
+    """Lower this process's priority, and its session's: Linux shares a core among sessions before it looks at the
+    processes in each (sched_autogroup), and a producer has a session of its own."""
+    os.nice(nice)
+    for _ in range(10):
+        try:
+            Path("/proc/self/autogroup").write_text(str(nice))
+            return
+        except BlockingIOError:  # the system allows one change in a tenth of a second, whoever makes it
+            time.sleep(0.1)
+        except OSError:  # no such groups here
+            return
 
 
 def _seed(seed: int, threads: int) -> None:

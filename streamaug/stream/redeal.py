@@ -1,24 +1,20 @@
 """The states of R ranks dealt out anew to another number of ranks: no order is delivered twice, none is left out."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamaug.errors import StateError
 
-log = logging.getLogger("streamaug")
-
 State = Mapping[str, Any]
-_DIFFERS = {"rank", "world_size", "undelivered", "offset", "next_k", "empty_run", "weights", "latest_weights"}
+_DIFFERS = {"rank", "world_size", "undelivered", "offsets", "next_k", "empty_run", "weights", "latest_weights"}
 _DIFFERS |= {"steering", "tensors", "latest_judge", "threads"}
 
 
 def redeal(states: Sequence[State], world_size: int) -> list[dict[str, Any]]:
     """`Stream.state_dict` of every rank, in their order -> one state for each of `world_size` ranks.
 
-    Batches that were not delivered to their end, planned or not, go out in ascending order. Of those that had been
-    begun a rank can take up one; of the others, where ranks become fewer, the rest is passed over. What feedback and
-    acceptance had taught is rank 0's. Raises StateError for states of different runs.
+    Batches that were not delivered to their end, planned or not, go out in ascending order, those that had been begun
+    first. What feedback and acceptance had taught is rank 0's. Raises StateError for states of different runs.
     """
     first = states[0]
     for state in states:
@@ -31,8 +27,7 @@ def redeal(states: Sequence[State], world_size: int) -> list[dict[str, Any]]:
     for rank, state in enumerate(states):
         renamed = {version: int(version) * len(states) + rank for version in state["weights"]}
         weights |= {str(renamed[version]): classes for version, classes in state["weights"].items()}
-        for position, (k, plan, judge) in enumerate(state["undelivered"]):
-            offset = state["offset"] if position == 0 else 0
+        for (k, plan, judge), offset in zip(state["undelivered"], state["offsets"], strict=True):
             (begun if offset else others).append(([k, renamed[str(plan)], judge], offset))
     latest = int(first["latest_weights"]) * len(states)
     end = max(state["next_k"] for state in states)
@@ -41,11 +36,7 @@ def redeal(states: Sequence[State], world_size: int) -> list[dict[str, Any]]:
         others += [([k, latest, first["latest_judge"]], 0) for k in missing]
     begun.sort()
     others.sort()
-    if len(begun) > world_size:
-        log.warning(
-            "the rest of %d batches is passed over: they were begun by ranks that are no more", len(begun) - world_size
-        )
-        begun = begun[:world_size]
+    shares = [begun[rank::world_size] + others[rank::world_size] for rank in range(world_size)]
     tensors: dict[str, Any] = {}
     for state in reversed(states):
         tensors |= state["tensors"]
@@ -54,13 +45,13 @@ def redeal(states: Sequence[State], world_size: int) -> list[dict[str, Any]]:
             **first,
             "rank": rank,
             "world_size": world_size,
-            "undelivered": [order for order, _ in begun[rank : rank + 1] + others[rank::world_size]],
-            "offset": begun[rank][1] if rank < len(begun) else 0,
+            "undelivered": [order for order, _ in share],
+            "offsets": [offset for _, offset in share],
             "next_k": end + (rank - end) % world_size,
             "empty_run": 0,
             "weights": weights,
             "latest_weights": latest,
             "tensors": tensors,
         }
-        for rank in range(world_size)
+        for rank, share in enumerate(shares)
     ]

@@ -11,11 +11,16 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamaug.orders import OrderBatch
 from streamaug.stream.memory import Memory
+
+if TYPE_CHECKING:
+    from streamaug.stream.cuda import Event
+    from streamaug.stream.pixels import Images
 
 STAGES = ("perturb", "sample", "decode", "judge", "emit")
 STARTING, READY, FAILED = range(3)
@@ -35,11 +40,18 @@ _META_NBYTES = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """What one ring is made of. `image_shape` is (C, H, W); `slots` is how many batches it can hold."""
+    """What one ring is made of. `image_shape` is (C, H, W); `slots` is how many batches it can hold; images may live
+    apart from the rest, in a GPU's memory."""
 
     batch_size: int
     image_shape: tuple[int, int, int]
     slots: int
+    images_apart: bool = False
+
+    @property
+    def images_shape(self) -> tuple[int, ...]:
+        """(slots, B, C, H, W)."""
+        return (self.slots, self.batch_size, *self.image_shape)
 
     @property
     def slot_nbytes(self) -> int:
@@ -66,16 +78,18 @@ class Layout:
             offsets[name] = at
             at = _align(at + nbytes, 64)
         offsets["images"] = _align(at, 4096)
-        offsets["end"] = _align(offsets["images"] + size * int(np.prod(self.image_shape)), 4096)
+        here = 0 if self.images_apart else size * int(np.prod(self.image_shape))
+        offsets["end"] = _align(offsets["images"] + here, 4096)
         return offsets
 
 
 class Slot:
     """Views into one slot. Accepted images are compacted to the front, in the order they were asked for.
 
-    images: uint8 [B, C, H, W]; ids, labels: int64 [B]; scores: float32 [B]; source: int64 [B], the position
-    in the order batch of each accepted image; reasons: uint8 [B], by position in the order batch, 0 for
-    accepted. Only the first `count` entries of images, ids, labels, scores and source mean anything.
+    images: uint8 [B, C, H, W], an array, or a tensor where they live in a GPU's memory; ids, labels: int64 [B];
+    scores: float32 [B]; source: int64 [B], the position in the order batch of each accepted image; reasons: uint8 [B],
+    by position in the order batch, 0 for accepted. Only the first `count` entries of images, ids, labels, scores and
+    source mean anything.
     """
 
     def __init__(self, buffer: memoryview, layout: Layout):
@@ -88,13 +102,41 @@ class Slot:
         self._meta = array("meta", np.int64, _META_NBYTES // 8)
         self._order = buffer[offsets["order"] : offsets["order"] + OrderBatch.nbytes(size)]
         self._size = size
-        self.images = array("images", np.uint8, size, *layout.image_shape)
+        self.images: Any = None if layout.images_apart else array("images", np.uint8, size, *layout.image_shape)
+        self._copied: Callable[[], Event | None] = _at_once
+        self._read: Event | None = None
         self.ids = array("ids", np.int64, size)
         self.labels = array("labels", np.int64, size)
         self.scores = array("scores", np.float32, size)
         self.source = array("source", np.int64, size)
         self.reasons = array("reasons", np.uint8, size)
         self._on_beat: Callable[[], None] | None = None
+
+    def place(self, images: Any, copied: "Callable[[], Event | None]") -> None:
+        """The images live in this array or tensor; `copied` gives an event behind a copy out of them, if need be."""
+        self.images = images
+        self._copied = copied
+
+    def copy_images(self, there: slice, to: Any) -> None:
+        """Trainer: copy accepted images to an array, or to a tensor on its GPU, for which nobody waits: the slot is
+        `free` again once the GPU has read it."""
+        images = self.images[there]
+        if isinstance(to, np.ndarray):
+            to[...] = images if isinstance(images, np.ndarray) else images.cpu().numpy()
+            return
+        if isinstance(images, np.ndarray):
+            import torch
+
+            images = torch.from_numpy(images)
+        to.copy_(images, non_blocking=True)
+        self._read = self._copied()
+
+    @property
+    def free(self) -> bool:
+        """Trainer: whether every copy out of the slot has ended, so that it may be written again."""
+        if self._read is not None and self._read.query():
+            self._read = None
+        return self._read is None
 
     def beat(self) -> None:
         """Producer: say that work on this batch goes on. Raises Abandoned when nobody wants it any more."""
@@ -156,6 +198,12 @@ class Ring:
         self._slots = [
             Slot(memory.view[first + i * step : first + (i + 1) * step], layout) for i in range(layout.slots)
         ]
+
+    def place(self, images: "Images | None") -> None:
+        """The images live there, and not simply in the ring's block."""
+        if images is not None:
+            for at, slot in enumerate(self._slots):
+                slot.place(images.of_slot(at, slot.images), images.copied)
 
     def slot(self, number: int) -> Slot:
         return self._slots[number % self.layout.slots]
@@ -290,6 +338,10 @@ class Mailboxes:
                 _fence()
                 return state if self._posts[at] == post else None
         return None
+
+
+def _at_once() -> None:
+    """Copies out of the host's memory have ended when they return."""
 
 
 def _fence() -> None:

@@ -8,7 +8,6 @@ and bit for bit, with an undisturbed run. Linux only.
 import argparse
 import contextlib
 import faulthandler
-import gc
 import json
 import logging
 import os
@@ -22,13 +21,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from streamaug.errors import ProducerError, StreamaugError
-from streamaug.stream.memory import NAME_PREFIX, SHM_FOLDER
+from streamaug.errors import ProducerError
+from streamaug.stream.footprint import Footprint, footprint, memory_mb, running, until
+from streamaug.stream.memory import SHM_FOLDER
 from streamaug.stream.rehearsal import Image, images_of, make_stream
 from streamaug.stream.stream import Stream
 
@@ -53,7 +52,14 @@ class Run:
         rng = np.random.default_rng(seed)
         return cls(seed, kind, float(rng.choice([0.0, 0.3, 0.6])), float(rng.uniform(0.001, 0.01)), options)
 
-    def open(self, disturbed: bool, producers: int = 1, memory: str = "auto", once: str | None = None) -> Stream:
+    def open(
+        self,
+        disturbed: bool,
+        producers: int = 1,
+        memory: str = "auto",
+        method: str = "auto",
+        once: str | None = None,
+    ) -> Stream:
         """The stream; undisturbed it is a thread of this process, and as fast as it can be."""
         engine: dict[str, Any] = {"reject": self.reject, **self.options}
         if disturbed:
@@ -66,6 +72,7 @@ class Run:
             backend="process" if disturbed else "local",
             producers=producers,
             memory=memory,
+            start_method=method,
             stall_timeout=0.4,
             hang_timeout=0.8,
             max_restarts=1000,
@@ -186,7 +193,8 @@ class Trainer:
     def _open(self, state: dict | None) -> Stream:
         memory = str(self._rng.choice(["memfd", "shm", "file"] if os.path.isdir(SHM_FOLDER) else ["memfd", "file"]))
         producers = self._producers or int(self._rng.integers(1, 4))
-        stream = self._run.open(disturbed=True, producers=producers, memory=memory, once=self._once)
+        method = str(self._rng.choice(["spawn", "forkserver"]))
+        stream = self._run.open(disturbed=True, producers=producers, memory=memory, method=method, once=self._once)
         if state is not None:
             stream.load_state_dict(state)
         self._tormentor.stream = stream
@@ -279,72 +287,11 @@ def kill_a_trainer(run: Run, producers: int, rng: np.random.Generator) -> list[l
 def be_the_victim(run: Run, producers: int) -> None:
     with run.open(disturbed=True, producers=producers) as stream:
         stream.start()
+        until(lambda: len(stream.producer_pids) == producers, GONE_SECONDS, "not every producer was started")
         print(json.dumps(stream.producer_pids), flush=True)
         for number in range(10**9):
             images = [(*fields, pixels.hex()) for *fields, pixels in run.step(stream, number)]
             print(json.dumps({"images": images, "state": stream.state_dict()}), flush=True)
-
-
-# Leaks.
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a process holds."""
-
-    descriptors: int
-    threads: int
-    mappings: int  # of rings
-    children: int
-    names: int  # of rings, in the folders for shared memory and temporary files
-
-
-def footprint() -> Footprint:
-    gc.collect()
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    folders = [folder for folder in (SHM_FOLDER, tempfile.gettempdir()) if os.path.isdir(folder)]
-    return Footprint(
-        descriptors=len(os.listdir("/proc/self/fd")),
-        threads=threading.active_count(),
-        mappings=sum("memfd:streamaug" in line or line.endswith("(deleted)") for line in maps),
-        children=len(children()),
-        names=sum(name.startswith(NAME_PREFIX) for folder in folders for name in os.listdir(folder)),
-    )
-
-
-def children(of: int | None = None) -> list[int]:
-    """Processes that this one, or another, started, whether running or not yet waited for."""
-    parent = os.getpid() if of is None else of
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
-    return found
-
-
-def running(pid: int) -> bool:
-    """True unless the process is gone or only waits for being waited for."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def memory_mb(pid: int | str = "self") -> float:
-    """Resident memory of a process without what it maps from files and shares with others, in MB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1000
-    raise StreamaugError("this system does not say how much memory a process has: no RssAnon in /proc/PID/status")
-
-
-def until(condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
-    """Wait for a condition; raises StreamaugError when it takes longer."""
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > seconds:
-            raise StreamaugError(f"after {seconds:g} s: {otherwise}")
-        time.sleep(0.01)
 
 
 # All of it.

@@ -97,6 +97,7 @@ def accelerate_run(
     gathered: list[int] | None = None,
     synced: list[bool] | None = None,
     mode: str = "replace",
+    displaced: str = "drop",
     **options: Any,
 ) -> Delivered:
     import accelerate
@@ -108,12 +109,12 @@ def accelerate_run(
         dataloader_config=accelerate.DataLoaderConfiguration(**options),
     )
     real = DataLoader(Images(COUNT), batch_size=BATCH, shuffle=True)
-    loader = sa.StreamLoader(real, stream, ratio=0.5, mode=mode, with_ids=True)
+    loader = sa.StreamLoader(real, stream, ratio=0.5, mode=mode, displaced=displaced, with_ids=True)
     model = Classifier()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     assert isinstance(loader, sa.StreamLoader)
-    first_epoch, delivered = 0, []
+    first_epoch, delivered, even = 0, [], options.get("even_batches", True)
     if resume:
         torch.rand(5)
         accelerator.load_state(folder / "accelerate")
@@ -121,8 +122,10 @@ def accelerate_run(
     for epoch in range(first_epoch, EPOCHS):
         loader.set_epoch(epoch)
         batches: Any = loader
+        length = len(loader)
         whole_epoch = not loader.state_dict()["batch"]
-        images_gathered = 0
+        images_gathered = images_delivered = 0
+        ends: list[bool] = []
         if skip and epoch == first_epoch:
             batches = accelerate.skip_first_batches(loader, loader.state_dict()["batch"])
         for images, labels, ids in batches:
@@ -131,15 +134,23 @@ def accelerate_run(
                 optimizer.step()
                 optimizer.zero_grad()
             delivered.append(written_down(images, ids))
-            images_gathered += len(accelerator.gather_for_metrics(labels))
+            if even:  # else gathering needs padding, as without us
+                images_gathered += len(accelerator.gather_for_metrics(labels))
+            images_delivered += len(labels) * stream.world_size
             if gathered is not None:
                 gathered.append(images_gathered)
             if synced is not None:
                 synced.append(accelerator.sync_gradients)
+            ends.append(accelerator.gradient_state.end_of_dataloader)
             if len(delivered) == stop:
                 accelerator.save_state(folder / "accelerate")
                 return delivered
-        assert images_gathered == COUNT or mode == "append" or not whole_epoch
+        if ends:  # nothing is left of an epoch at whose end the run was stopped
+            assert ends == [False] * (len(ends) - 1) + [True] and accelerator.sync_gradients
+        if whole_epoch:
+            assert len(ends) == length
+            gathers_all = (mode, displaced) != ("replace", "drop")
+            assert not even or images_gathered == (images_delivered if gathers_all else COUNT)
     return delivered
 
 
@@ -153,6 +164,7 @@ def lightning_run(
     callback: Any = None,
     combined: bool = False,
     shuffle: bool = True,
+    displaced: str = "drop",
     **options: Any,
 ) -> Delivered:
     import lightning.pytorch as pl
@@ -181,7 +193,7 @@ def lightning_run(
     class Data(pl.LightningDataModule):
         def train_dataloader(self):
             real = DataLoader(Images(COUNT), batch_size=BATCH, shuffle=shuffle)
-            loader = sa.StreamLoader(real, stream, ratio=0.5, with_ids=True)
+            loader = sa.StreamLoader(real, stream, ratio=0.5, displaced=displaced, with_ids=True)
             other = DataLoader(Images(10), batch_size=4, generator=torch.Generator())
             return CombinedLoader({"mixed": loader, "other": other}, "max_size_cycle") if combined else loader
 
@@ -247,6 +259,7 @@ def trainer_run(
     resume: bool = False,
     mixin: bool = False,
     every: int | None = None,
+    displaced: str = "drop",
     **options: Any,
 ) -> Delivered:
     from transformers import Trainer, TrainingArguments
@@ -271,7 +284,7 @@ def trainer_run(
         **options,
     )
     model = Classifies()
-    mixed = {"ratio": 0.5, "with_ids": True}
+    mixed = {"ratio": 0.5, "displaced": displaced, "with_ids": True}
     if mixin:
         trainer = Mixed(model, arguments, train_dataset=Dictionaries(COUNT), stream=stream, stream_options=mixed)
     else:
@@ -282,7 +295,7 @@ def trainer_run(
         torch.rand(5)
         resume = str(folder / "trainer" / resume) if isinstance(resume, str) else True
     trainer.train(resume_from_checkpoint=resume or None)
-    if not stop:
+    if not stop and "max_steps" not in options:
         assert trainer.state.epoch == EPOCHS
     return model.delivered
 
@@ -325,12 +338,26 @@ def interrupted(name: str, folder: Path, rank: int = 0, world_size: int = 1, sto
     return {"whole": whole, "parts": first + rest, "first": len(first), "pids": pids}
 
 
+def only(name: str, folder: Path, rank: int, world_size: int, **options: Any) -> Delivered:
+    """One part of a run: its beginning (`stop`) or its rest (`resume`), for a change of the number of ranks between."""
+    with make_stream(rank, world_size) as stream:
+        return RUNS[name](folder, stream, **options)
+
+
 def main() -> None:
-    """Arguments: the folder, and frameworks with options in JSON: accelerate '{"stop": 2}' trainer '{}'"""
-    folder, cases = Path(sys.argv[1]), zip(sys.argv[2::2], map(json.loads, sys.argv[3::2]), strict=True)
+    """Arguments: the folder, and cases in JSON: a framework, options, and for `only` the name of a folder.
+
+    [["accelerate", {"stop": 2}, null], ["trainer", {}, null], ["accelerate", {"resume": true}, "one"]]
+    """
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group("gloo")
-    report = {name: interrupted(name, folder, rank, world_size, **options) for name, options in cases}
+    report: dict[str, Any] = {}
+    for name, options, part in cases:
+        if part is None:
+            report[name] = interrupted(name, folder, rank, world_size, **options)
+        else:
+            report[part] = only(name, folder / part, rank, world_size, **options)
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 

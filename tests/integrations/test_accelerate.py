@@ -74,9 +74,76 @@ def test_skipping_batches_keeps_the_stream_whatever_the_function_was_imported_as
     assert len(list(skip_first_batches(real_loader(), 2))) == 3
 
 
-def test_defer_is_refused_with_the_reason():
-    with pytest.raises(UsageError, match="gradient accumulation"):
-        prepared(StreamLoader(real_loader(), FakeStream(), ratio=0.5, displaced="defer"))
+@pytest.mark.parametrize(("count", "ratio", "lengths"), [(43, 0.5, [11, 11]), (40, 0.25, [7, 7]), (24, 0, [3, 3])])
+def test_deferred_images_end_the_epoch_and_the_accumulation_when_the_last_of_them_was_delivered(count, ratio, lengths):
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    stream = FakeStream()
+    loader = StreamLoader(real_loader(count=count), stream, ratio=ratio, displaced="defer", with_ids=True)
+    loader = accelerator.prepare(loader)
+    model = nn.Linear(1, 1)
+    for length in lengths:
+        assert len(loader) == length
+        real, synced, ends, gathered, delivered = [], [], [], 0, 0
+        for batch in loader:
+            with accelerator.accumulate(model):
+                synced.append(accelerator.sync_gradients)
+                ends.append(accelerator.gradient_state.end_of_dataloader)
+            real += real_indices(batch)
+            gathered += len(accelerator.gather_for_metrics(batch[1]))
+            delivered += len(batch[1])
+        assert sorted(real) == list(range(count)) and ends == [False] * (length - 1) + [True]
+        assert synced == [turn % 2 == 1 or turn == length - 1 for turn in range(length)]
+        assert not accelerator.gradient_state.in_dataloader
+        assert gathered == delivered
+    assert loader.stats().real == len(lengths) * count and loader.stats().synthetic == stream.next_id
+
+
+def test_a_live_ratio_moves_the_end_of_a_deferring_epoch():
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = accelerator.prepare(StreamLoader(real_loader(count=40), FakeStream(), ratio=0.5, displaced="defer"))
+    ends = []
+    for number, _ in enumerate(loader):
+        ends.append(accelerator.gradient_state.end_of_dataloader)
+        if number == 3:
+            loader.ratio = 0
+    assert ends == [False] * 6 + [True], "four batches of 4 real images, then three of 8"
+
+
+def test_ranks_that_would_deliver_different_numbers_of_deferred_batches_are_refused(monkeypatch):
+    accelerator = accelerate.Accelerator(
+        cpu=True, dataloader_config=accelerate.DataLoaderConfiguration(even_batches=False)
+    )
+    monkeypatch.setattr(type(accelerator), "num_processes", 2)
+    with pytest.raises(UsageError, match="leave dispatch_batches and even_batches of Accelerate as they are"):
+        accelerator.prepare(StreamLoader(real_loader(), FakeStream(), ratio=0.5, displaced="defer"))
+
+
+def test_a_loader_that_is_made_within_the_call_of_prepare_is_prepared_as_well():
+    """In accelerator.prepare(StreamLoader(...)) `prepare` is looked up before there is a StreamLoader to change it."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = StreamLoader(real_loader(), FakeStream(), ratio=0.5)
+    looked_up_before = type(accelerator).prepare.__wrapped__
+    assert looked_up_before(accelerator, loader) is loader
+    assert isinstance(loader.real_loader, accelerate.data_loader.DataLoaderShard)
+
+
+def test_prepare_data_loader_alone_keeps_the_stream():
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = StreamLoader(real_loader(), FakeStream(), ratio=0.5)
+    assert accelerator.prepare_data_loader(loader) is loader
+    assert isinstance(loader.real_loader, accelerate.data_loader.DataLoaderShard)
+    list(loader)
+    assert loader.stats().synthetic == 20
+
+
+def test_another_number_of_ranks_needs_an_order_that_all_of_them_draw(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = accelerator.prepare(StreamLoader(real_loader(), FakeStream(), ratio=0.5))
+    next(iter(loader))
+    accelerator.save_state(tmp_path)
+    loader.stream.world_size = 2
+    with pytest.raises(StateError, match=r"saved by 1 ranks and is loaded by 2: .*use_seedable_sampler=True"):
+        accelerator.load_state(tmp_path)
 
 
 def test_a_checkpoint_without_the_loaders_state_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from streamaug.errors import UsageError
 from streamaug.loader import StreamLoader
 
-from .runs import BATCH, COUNT, EPOCHS, RUNS, Delivered, interrupted, make_stream
+from .runs import BATCH, COUNT, EPOCHS, RUNS, Delivered, interrupted, make_stream, only
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -48,31 +49,76 @@ def test_half_of_what_arrives_is_synthetic_and_a_resumed_run_delivers_what_the_u
     until(lambda: not running(report["pids"][0]))
 
 
-def with_two_ranks(folder: Path, cases: dict[str, dict]) -> list[dict]:
-    """Frameworks and their options, under torchrun; the reports of both ranks."""
-    arguments = [text for name, options in cases.items() for text in (name, json.dumps(options))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, TESTS / "integrations" / "runs.py", folder, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        env={**os.environ, "PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"},
-    )
-    assert done.returncode == 0, done.stderr
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def on_two_ranks(folder: Path, cases: list[tuple[str, dict, str | None]], launcher: list[str] | None = None) -> list:
+    """What runs.py reports from both ranks; without a launcher they are started here, which is quicker."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"}
+    script = [str(TESTS / "integrations" / "runs.py"), str(folder), json.dumps(cases)]
+    if launcher:
+        commands = [([*launcher, *script], environment)]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        commands = [
+            ([sys.executable, *script], environment | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in (0, 1)
+        ]
+    running_now = [
+        subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command, env in commands
+    ]
+    try:
+        for process in running_now:
+            _, errors = process.communicate(timeout=170)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running_now:
+            process.kill()
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
+STOPS = {"more": 4, "fewer": 2}
+SEEDED = {"use_seedable_sampler": True, "data_seed": 3}
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> list[dict]:
-    """Of all frameworks at once: importing them is what takes the time."""
-    return with_two_ranks(tmp_path_factory.mktemp("ranks"), {name: {} for name in FRAMEWORKS})
+def two_ranks(tmp_path_factory) -> tuple[list[dict], dict]:
+    """Of all frameworks at once: importing them is what takes the time. And a run that goes from one rank to two and
+    one that goes from two to one; of those the parts in this process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    here = {"more": only("accelerate", folder / "more", 0, 1, stop=STOPS["more"], **SEEDED)}
+    cases: list = [(name, {}, None) for name in FRAMEWORKS]
+    cases += [("accelerate", {"resume": True, **SEEDED}, "more")]
+    cases += [("accelerate", {"stop": STOPS["fewer"], **SEEDED}, "fewer")]
+    reports = on_two_ranks(folder, cases)
+    here["fewer"] = only("accelerate", folder / "fewer", 0, 1, resume=True, **SEEDED)
+    return reports, here
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("part", "before", "after"), [("more", 1, 2), ("fewer", 2, 1)])
+def test_accelerate_goes_on_with_another_number_of_ranks(part, before, after, two_ranks):
+    """An epoch begun by one number of ranks is ended by another: every batch of real images is read once."""
+    reports, here = two_ranks
+    runs = {1: [here[part]], 2: [report[part] for report in reports]}
+    left = (BATCHES - STOPS[part] * before) // after
+    assert [len(run) for run in runs[before]] == [STOPS[part]] * before
+    assert [len(run) for run in runs[after]] == [left + (EPOCHS - 1) * BATCHES // after] * after
+    real = [index for run in [*runs[before], *(run[:left] for run in runs[after])] for index in real_indices(run)]
+    repeated = BATCHES * BATCH - COUNT if after == 2 else 0  # Accelerate fills the last batch of several ranks
+    assert len(real) - len(set(real)) <= repeated and len(real) >= COUNT // 2
+    ids = [number for run in (*runs[before], *runs[after]) for number in synthetic_ids(run)]
+    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_two_ranks_share_real_images_and_orders_and_each_resumes_where_it_was(name, two_ranks):
-    ranks = [report[name] for report in two_ranks]
+    ranks = [report[name] for report in two_ranks[0]]
     for report in ranks:
         assert report["parts"] == report["whole"] and report["first"] == 4
         assert len(report["pids"]) == 1 and not running(report["pids"][0])
@@ -105,6 +151,10 @@ def test_a_run_may_stop_after_any_step_of_two_epochs(name, stop, tmp_path):
         ("torch", {"mode": "append"}),
         ("torch", {"displaced": "defer"}),
         ("accelerate", {"mode": "append"}),
+        ("accelerate", {"displaced": "defer"}),
+        ("accelerate", {"displaced": "defer", "stop": 10}),
+        ("accelerate", {"displaced": "defer", "use_seedable_sampler": True, "use_stateful_dataloader": True}),
+        ("accelerate", {"even_batches": False}),
         ("accelerate", {"skip": True}),
         ("accelerate", {"split_batches": True}),
         ("accelerate", {"dispatch_batches": True}),
@@ -113,9 +163,14 @@ def test_a_run_may_stop_after_any_step_of_two_epochs(name, stop, tmp_path):
         ("lightning", {"combined": True}),
         ("lightning", {"val_check_interval": 2}),
         ("lightning", {"limit_train_batches": 4}),
+        ("lightning", {"displaced": "defer"}),
         ("trainer", {"mixin": True}),
+        ("trainer", {"displaced": "defer"}),
         ("trainer", {"dataloader_num_workers": 2}),
         ("trainer", {"ignore_data_skip": True}),
+        ("trainer", {"max_steps": 7}),
+        ("trainer", {"dataloader_drop_last": True}),
+        ("trainer", {"gradient_accumulation_steps": 2, "stop": 2}),
     ],
 )
 def test_options_of_the_frameworks_leave_the_resumed_run_exact(name, options, tmp_path):
@@ -129,7 +184,7 @@ def test_options_of_the_frameworks_leave_the_resumed_run_exact(name, options, tm
     "cases",
     [
         {name: {"stop": 2} for name in FRAMEWORKS},
-        {name: {"stop": 3} for name in FRAMEWORKS},
+        {name: {"stop": 3} for name in FRAMEWORKS} | {"accelerate": {"stop": 3, "skip": True}},
         {
             "torch": {"mode": "append", "num_workers": 2},
             "accelerate": {"split_batches": True},
@@ -142,11 +197,15 @@ def test_options_of_the_frameworks_leave_the_resumed_run_exact(name, options, tm
             "lightning": {"combined": True},
             "trainer": {"mixin": True, "dataloader_num_workers": 2},
         },
-        {"accelerate": {"dispatch_batches": True}, "lightning": {"val_check_interval": 2}},
+        {"accelerate": {"dispatch_batches": True}, "lightning": {"val_check_interval": 2}, "trainer": {"max_steps": 5}},
+        {"accelerate": {"even_batches": False, "stop": 2}, "trainer": {"dataloader_drop_last": True, "stop": 2}},
+        {"accelerate": {"displaced": "defer"}, "lightning": {"displaced": "defer"}, "trainer": {"displaced": "defer"}},
+        {"accelerate": {"displaced": "defer", "split_batches": True, "stop": 2}},
+        {"accelerate": {"use_seedable_sampler": True, "data_seed": 3, "use_stateful_dataloader": True}},
     ],
 )
 def test_two_ranks_resume_with_the_options_of_the_frameworks(cases, tmp_path):
-    for report in with_two_ranks(tmp_path, cases):
+    for report in on_two_ranks(tmp_path, [(name, options, None) for name, options in cases.items()], TORCHRUN):
         for name in cases:
             assert report[name]["parts"] == report[name]["whole"], name
             assert not running(report[name]["pids"][0])

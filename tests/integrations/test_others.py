@@ -62,6 +62,17 @@ def test_the_trainer_keeps_its_class_and_refuses_what_is_no_trainer(tmp_path):
         add_stream(torch.nn.Linear(1, 1), FakeStream())
 
 
+def test_the_trainer_refuses_to_sort_images_by_length(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from streamaug.integrations import add_stream
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], train_sampling_strategy="group_by_length")
+    trainer = add_stream(Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=Images()), FakeStream(), ratio=0.5)
+    with pytest.raises(UsageError, match=r"train_sampling_strategy='group_by_length' .*set it to 'random'"):
+        trainer.get_train_dataloader()
+
+
 @pytest.mark.parametrize("name", ["accelerate", "lightning", "transformers"])
 def test_a_framework_that_is_not_installed_is_named_with_the_line_that_installs_it(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)

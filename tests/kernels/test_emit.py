@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from streamaug.kernels import emit as module
 from streamaug.kernels.emit import emit, finite
 
 from streamaug.errors import UsageError
@@ -35,6 +36,17 @@ def test_kept_finite_images_are_compacted_in_their_order(backend, device, shape,
     assert (order, count) == ([0, 3, 4, -1, -1], 3)
     assert torch.equal(out[:3], expected_bytes(decoded[[0, 3, 4]]))
     assert (out[3:] == 77).all()
+
+
+@pytest.mark.parametrize("elements", [1, 70, 1000])
+def test_the_reference_goes_through_large_batches_a_few_images_at_a_time(monkeypatch, elements):
+    monkeypatch.setattr(module, "_ELEMENTS_AT_ONCE", elements)
+    decoded = torch.randn(9, 3, 3, 4, generator=torch.Generator().manual_seed(0))
+    decoded[4, 0, 0, 0] = -torch.inf
+    keep = torch.arange(9) % 3 != 0
+    out, order, count = run("torch", "cpu", decoded, keep)
+    assert (order[:count], count) == ([1, 2, 5, 7, 8], 5)
+    assert torch.equal(out[:5], expected_bytes(decoded[[1, 2, 5, 7, 8]])) and (out[5:] == 77).all()
 
 
 @pytest.mark.parametrize("keep", [[True] * 3, [False] * 3])

@@ -1,4 +1,5 @@
 import builtins
+import contextlib
 import copy
 import functools
 import gc
@@ -15,8 +16,7 @@ from PIL import Image
 from stream import fakes as streams
 
 from streamaug.errors import MismatchError, MissingExtra, StateError, UsageError
-from streamaug.loader import DALIStreamLoader, stream_source
-from streamaug.loader import dali as dali_loader
+from streamaug.loader import DALIStreamLoader, dali_source, stream_source
 
 from .conformance import assert_resumes_exactly, plain
 from .fakes import FakeStream
@@ -100,6 +100,100 @@ def test_the_source_gives_contiguous_batches_with_labels_beside(folder):
     assert np.asarray(soft.as_tensor()).tolist() == [[0.75, 0.25], [0.25, 0.75]]
     swapped = stream_source(stream(), 2, classes=CLASSES[::-1])()[1]
     assert np.asarray(swapped.as_tensor()).tolist() == [[1], [0]]
+
+
+def test_memory_that_is_in_place_is_handed_on_without_a_copy():
+    pixels = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    for images in (pixels, torch.from_numpy(pixels)):
+        tensors = dali_source.Tensors("CHW")
+        handed, labels = tensors.lists(tensors.moved(images, np.array([[1], [0]], np.int32)))
+        assert handed.data_ptr() == pixels.ctypes.data and handed.layout() == "CHW"
+        assert np.asarray(labels.as_tensor()).tolist() == [[1], [0]]
+    turned = dali_source.Tensors("HWC").moved(torch.from_numpy(pixels))[0]
+    assert turned.is_contiguous() and turned[1, 2, 3].tolist() == pixels[1, :, 2, 3].tolist()
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+def test_a_pipeline_that_does_not_copy_reads_what_is_held_for_it(layout):
+    synthetic, depth = stream(), 3
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, exec_dynamic=False, prefetch_queue_depth=depth)
+    def uncopied():
+        source = stream_source(synthetic, BATCH, layout=layout, hold=depth + 1)
+        images, labels = fn.external_source(source=source, num_outputs=2, no_copy=True)
+        return fn.cast(images, dtype=types.FLOAT), labels
+
+    pipe = uncopied()
+    pipe.build()
+    for step in range(12):
+        images = np.asarray(pipe.run()[0].as_tensor())
+        assert images[:, 1, 2, 2].tolist() == colours(range(step * BATCH, step * BATCH + BATCH))
+        np.full((64, *SHAPE), 7, np.uint8)  # takes up memory that was given back too early
+
+
+def test_work_for_the_gpu_is_queued_on_the_sources_own_stream_and_waited_for_before_dali_gets_it(monkeypatch):
+    happened = []
+
+    class Lane:
+        def synchronize(self):
+            happened.append("synchronised")
+
+    @contextlib.contextmanager
+    def inside(lane):
+        happened.append(type(lane).__name__)
+        yield
+        happened.append("left")
+
+    def work(tensors, kept=dali_source.Tensors.work):
+        tensors._lane = Lane()
+        tensors._list = lambda capsule, layout: happened.append("handed on")
+        return kept(tensors)
+
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(dali_source.Tensors, "work", work)
+    taking = stream()
+    monkeypatch.setattr(taking, "take", lambda n, take=taking.take: happened.append("taken") or take(n))
+    stream_source(taking, 4)()
+    assert happened == ["Lane", "taken", "left", "synchronised", "handed on", "handed on"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_images_arrive_in_device_memory_and_are_those_of_the_cpu():
+    def images(device):
+        @pipeline_def(batch_size=BATCH, num_threads=1, device_id=0, prefetch_queue_depth=2)
+        def uncopied():
+            source = stream_source(stream(), BATCH, layout="CHW", device=device, hold=3)
+            on = "cpu" if device == "cpu" else "gpu"
+            made, labels = fn.external_source(source=source, num_outputs=2, device=on, no_copy=True)
+            return fn.cast(made.gpu(), dtype=types.FLOAT), labels.gpu()
+
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+        batches = DALIGenericIterator(uncopied(), ["data", "label"])
+        return [next(batches)[0] for _ in range(6)]
+
+    for here, there in zip(images("cpu"), images("cuda"), strict=True):
+        assert there["data"].is_cuda and torch.equal(here["data"], there["data"])
+        assert torch.equal(here["label"], there["label"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_loader_mixes_in_device_memory(folder):
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=0, seed=3)
+    def on_gpu(source=None):
+        if source is None:
+            encoded, labels = fn.readers.file(file_root=str(folder), pad_last_batch=True, name="reader")
+            pixels = fn.decoders.image(encoded, device="mixed")
+        else:
+            pixels, labels = fn.external_source(source=source, num_outputs=2, device="gpu", no_copy=True)
+        return fn.crop_mirror_normalize(pixels, dtype=types.FLOAT), labels.gpu()
+
+    mixed = DALIStreamLoader(on_gpu, stream(), 0.5, device="cuda", with_ids=True)
+    for [batch] in mixed:
+        made = batch["synthetic_ids"] >= 0
+        assert batch["data"].is_cuda and batch["label"].is_cuda
+        assert batch["data"].cpu()[made][:, 0, 4, 4].tolist() == colours(batch["synthetic_ids"][made].tolist())
+    assert mixed.stats().synthetic == 11
 
 
 def test_the_dynamic_mode_gets_the_same_images(folder):
@@ -229,6 +323,8 @@ def test_bad_arguments_are_refused_in_plain_words(folder):
         loader(folder, last_batch="half")
     with pytest.raises(UsageError, match="layout='NHWC'"):
         stream_source(stream(), layout="NHWC")
+    with pytest.raises(UsageError, match=r"""device='gpu': accepted are "cpu", "cuda" and "cuda:1" \(DALI's "gpu"\)"""):
+        stream_source(stream(), device="gpu")
     with pytest.raises(UsageError, match="starved: real"):
         loader(folder, stream(starved="real"))
     with pytest.raises(UsageError, match="a Stream is needed, got a list"):
@@ -247,7 +343,7 @@ def test_without_dali_the_message_has_the_line_that_installs_it(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtra, match=r'pip install "streamaug\[dali\]"'):
-        dali_loader.stream_source(stream())
+        dali_source.stream_source(stream())
 
 
 def test_over_a_producer_process_images_arrive_resume_exactly_and_nothing_stays_behind(folder):

@@ -229,7 +229,7 @@ def test_the_second_stage_is_on_the_path_and_keeps_the_producers_heart_beating(t
     prepared = prepare(configuration(tmp_path, fixed))
     made = engine.build(prepared.engine_options)
     order, beats = prepared.planner.batch(0, prepared.planner.uniform()), []
-    made._judged(order, lambda: beats.append(1))
+    made.look(order, lambda: beats.append(1))
     assert len(beats) == (3 - order.start) + 2
     made.second_stage = lambda *args, **kwargs: torch.full((3, 3, 32, 32), 0.5)
     assert (made.look(order)[0] == 191).all()

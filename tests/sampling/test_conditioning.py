@@ -15,6 +15,7 @@ from streamaug.orders import ORDER_DTYPE, OrderBatch, Planner, Schedule
 from streamaug.sampling.conditioning import encode_prompts
 from streamaug.sampling.denoisers import inspect, prompts, stable_diffusion
 from streamaug.sampling.denoisers.prompts import PromptTable, prompt_conditioning
+from streamaug.sampling.memory import peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,25 @@ def test_orders_choose_among_the_wordings_and_get_theirs(model, tmp_path):
     for i, image in enumerate(order.images):
         torch.testing.assert_close(found[32 + i], table.embeddings["tokens"][image["label"], image["template"]])
         torch.testing.assert_close(found[i], table.null["tokens"])
+
+
+def test_a_table_that_is_large_stays_in_its_file_and_only_rows_in_use_are_brought(tmp_path, monkeypatch):
+    classes, size = 200, 40_000
+    tokens = torch.arange(classes * 2, dtype=torch.float32).view(classes, 2, 1).expand(-1, -1, size).contiguous()
+    save_file({"tokens": tokens, "null.tokens": noise((size,))}, tmp_path / "table.safetensors")
+    labels, templates = np.array([7, 199, 7, 0]), np.array([1, 0, 1, 0])
+    whole = PromptTable.load(tmp_path / "table.safetensors", CPU, torch.bfloat16)
+    monkeypatch.setattr(prompts, "_RESIDENT_BYTES", classes * 2 * size)  # half of what bfloat16 takes
+    del tokens
+    mapped = []
+    grew = peak_bytes(lambda: mapped.append(PromptTable.load(tmp_path / "table.safetensors", CPU, torch.bfloat16)), CPU)
+    (table,) = mapped
+    found, expected = table.lookup(labels, templates), whole.lookup(labels, templates)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name].dtype == torch.bfloat16 and torch.equal(found[name], expected[name])
+    assert found["tokens"][:, 0].tolist() == torch.tensor([15, 398, 15, 0]).bfloat16().tolist()
+    assert grew < 8e6 < 4 * classes * 2 * size  # 64 MB are in the file
 
 
 def test_orders_on_bank_rows_get_those_and_their_mean_as_the_null():

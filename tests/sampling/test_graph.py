@@ -8,10 +8,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, UNet2DModel
 
+from streamaug import engine
+from streamaug.config import load
 from streamaug.orders import ORDER_DTYPE, OrderBatch
+from streamaug.preparation import prepare
 from streamaug.sampling import graph
 from streamaug.sampling.denoisers import LoadSettings
 from streamaug.sampling.denoisers.unet2d import UNet2D
+from streamaug.sampling.execution import Execution
 from streamaug.sampling.sampler import Sampler
 
 SCHEDULERS = [DDIMScheduler(), DPMSolverMultistepScheduler(), EulerAncestralDiscreteScheduler()]
@@ -77,6 +81,40 @@ def test_a_guidance_interval_is_one_body_for_each_change_of_shape(captured):
     for x, order in batches():
         assert torch.equal(replayed.sample(x, order), sampler(SCHEDULERS[0], **options).sample(x, order))
     assert len(captured) == 5  # plain to plain, plain to guided and so on, and the unguided batches
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
+def test_after_warming_up_nothing_is_captured_any_more(captured, interval):
+    options = {"guidance_interval": interval}
+    replayed, heard = sampler(SCHEDULERS[2], graph=True, **options), []
+    made = batches()
+    for x, order in (made[0], made[2]):  # guided and not, from the beginning
+        replayed.warm_up(x, order, on_evaluation=lambda: heard.append(1))
+    before = len(captured)
+    assert before == len(heard) == (2 if interval == (0.0, 1.0) else 5)
+    for x, order in made:
+        assert torch.equal(replayed.sample(x, order), sampler(SCHEDULERS[2], **options).sample(x, order))
+    assert len(captured) == before
+
+
+def test_an_engine_warms_up_for_every_kind_of_batch_before_its_first(captured, small_overrides, monkeypatch, caplog):
+    prepared = prepare(load("digits", [*small_overrides, "judge.enabled=false"]))
+    made = engine.build(prepared.options_for(Execution(graph=True)))
+    monkeypatch.setattr(Sampler, "prepares", True)
+    warmed = []
+    monkeypatch.setattr(Sampler, "warm_up", lambda self, x, order, rows, on_evaluation: warmed.append(len(order)))
+    order = prepared.planner.batch(0, prepared.planner.uniform())
+    slot = SimpleNamespace(
+        **{name: np.zeros(16, np.int64) for name in ("ids", "labels", "source", "scores", "reasons")}
+    )
+    slot.images, slot.beat = np.zeros((16, 1, 8, 8), np.uint8), lambda: None
+    with caplog.at_level(logging.INFO, "streamaug"):
+        for _ in range(2):
+            made.make(order, slot)
+    assert warmed == [16]
+    assert [each.getMessage()[:25] for each in caplog.records if "kind 1" in each.message] == [
+        "kind 1 of 1 of batches rea"[:25]
+    ]
 
 
 def test_the_buffers_keep_their_address_between_batches(captured):

@@ -10,7 +10,14 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 from streamaug.errors import ConfigError
-from streamaug.sampling.network import FoldedUpsample, PixelAttention, compile_network, laid_out
+from streamaug.sampling.network import (
+    FoldedUpsample,
+    PixelAttention,
+    compile_network,
+    compiler,
+    laid_out,
+    uncompiled,
+)
 
 
 def unet(width=8) -> UNet2DModel:
@@ -26,6 +33,13 @@ def unet(width=8) -> UNet2DModel:
         norm_num_groups=4,
         attention_head_dim=8,
     ).eval()
+
+
+def one_level(width) -> UNet2DModel:
+    """What takes the least time to trace."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (width,)}
+    return UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, add_attention=False, **blocks).eval()
 
 
 def images(batch_size=3):
@@ -83,7 +97,7 @@ def test_what_is_not_plain_self_attention_is_left_to_the_processor_that_was_ther
 
 
 def test_two_compiled_networks_of_one_class_do_not_share_code_and_say_when_they_compile(caplog):
-    narrow, wide = unet(8), unet(16)
+    narrow, wide = one_level(8), one_level(16)
     expected = [run(narrow, images()), run(wide, images())]
     with caplog.at_level(logging.INFO, "streamaug"):
         for network in (narrow, wide):
@@ -95,6 +109,34 @@ def test_two_compiled_networks_of_one_class_do_not_share_code_and_say_when_they_
     assert len(said) == 4
     assert said[0] == "compiling the network, about 30 s, once a batch shape"
     assert said[1].startswith("compiled the network in")
+
+
+def test_a_network_that_is_tried_uncompiled_compiles_nothing_and_stays_compiled():
+    network, compiled = one_level(8), []
+    compile_network(network, backend="eager")
+    network._compiled_call_impl = lambda *args, **kwargs: compiled.append(1) or (None,)
+    with uncompiled(network):
+        assert run(network, images()).shape == (3, 3, 8, 8)
+    assert not compiled
+    run(network, images())
+    assert compiled == [1]
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler")
+def test_what_is_compiled_once_is_found_in_torchs_cache_by_another_network(tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = []
+    for _ in range(2):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.SiLU())
+        compile_network(network)
+        counters.clear()
+        with torch.inference_mode():
+            network(images())
+        hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert hits == [0, 1]
 
 
 @pytest.mark.parametrize("clang", [None, "/usr/bin/clang++"])

@@ -17,7 +17,7 @@ from streamaug.sampling import sampler as sampler_module
 from streamaug.sampling.denoisers import LoadSettings
 from streamaug.sampling.denoisers.unet2d import UNet2D
 from streamaug.sampling.guidance import classifier_shift
-from streamaug.sampling.sampler import Sampler
+from streamaug.sampling.sampler import Sampler, _Paced
 
 SCHEDULERS = {
     "ddim": DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
@@ -197,3 +197,30 @@ def test_guidance_without_what_it_needs_is_refused():
         Sampler(adapter(CONDITIONAL), SCHEDULERS["ddim"], 2).sample(latents(2), orders(2, guidance=2.0))
     with pytest.raises(UsageError, match="needs a judge"):
         Sampler(adapter(UNCONDITIONAL), SCHEDULERS["ddim"], 2).sample(latents(2), orders(2, classifier_guidance=1.0))
+
+
+def test_on_a_gpu_at_most_two_evaluations_wait_when_a_beat_is_given(monkeypatch):
+    """So that beats follow the device's progress, and a batch can be abandoned."""
+    happened = []
+
+    class Event:
+        def __init__(self, blocking):
+            self.number = sum(what == "queued" for what, _ in happened)
+
+        def record(self):
+            happened.append(("queued", self.number))
+
+        def synchronize(self):
+            happened.append(("done", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    paced = _Paced(lambda: happened.append(("beat", None)))
+    for _ in range(4):
+        paced()
+    beat = ("beat", None)
+    assert happened == [
+        *(("queued", 0), beat),
+        *(("queued", 1), beat),
+        *(("queued", 2), ("done", 0), beat),
+        *(("queued", 3), ("done", 1), beat),
+    ]

@@ -4,7 +4,9 @@ import random
 
 import numpy as np
 
-from streamaug.stream.rehearsal import HashEngine
+from streamaug.stream.hashing import HashEngine
+
+PRELOAD = ("torch",)
 
 
 class Drawing(HashEngine):

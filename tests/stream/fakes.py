@@ -1,20 +1,13 @@
 """Small streams without a model, and what tests ask of them."""
 
+import signal
 import time
 from collections.abc import Callable
 
-from streamaug.stream.rehearsal import (
-    CLASSES,
-    IMAGE_SHAPE,
-    ROWS,
-    digest_of,
-    images_of,
-    make_planner,
-    make_stream,
-    pixels_of,
-)
+from streamaug.stream.footprint import running
+from streamaug.stream.hashing import digest_of, pixels_of
+from streamaug.stream.rehearsal import CLASSES, IMAGE_SHAPE, ROWS, images_of, make_planner, make_stream
 from streamaug.stream.stream import Stream
-from streamaug.stream.torture import running
 
 __all__ = [
     "CLASSES",
@@ -38,6 +31,28 @@ def undisturbed(takes: list[int], **options: object) -> list[tuple]:
     """What the same stream delivers without a process in between."""
     with make_stream(backend="local", **options) as stream:
         return listed(stream, takes)
+
+
+class Interrupt(BaseException):
+    """What a signal raises in the middle of `interrupted_take`."""
+
+
+def interrupted_take(stream: Stream, n: int, seconds: float) -> bool:
+    """Call take and break it off after so many seconds; returns whether it was still under way."""
+
+    def handler(signum: int, frame: object) -> None:
+        raise Interrupt
+
+    old = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        stream.take(n)
+        return False
+    except Interrupt:
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> float:

@@ -24,11 +24,11 @@ def drawn(**options) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def first() -> np.ndarray:
-    return drawn()
+    return drawn(start_method="spawn")
 
 
 def test_every_library_is_seeded_by_the_runs_seed_also_one_that_building_imports(first):
-    other = drawn(seed=1)
+    other = drawn(seed=1, start_method="spawn")
     names = ("random", "numpy", "torch", "hash")
     pixels = first[0].reshape(-1, 16)
     for at, name in enumerate(names):
@@ -36,9 +36,9 @@ def test_every_library_is_seeded_by_the_runs_seed_also_one_that_building_imports
         assert (pixels[at] != other[0].reshape(-1, 16)[at]).any(), name
 
 
-def test_every_library_draws_the_same_in_every_producer_and_in_one_that_replaces_another(first, monkeypatch):
+def test_every_library_draws_the_same_however_the_producer_started_and_in_one_that_replaces_another(first, monkeypatch):
     monkeypatch.setenv("STREAMAUG_FAULT", "before_publish:0")
-    assert (drawn() == first).all()
+    assert (drawn(start_method="forkserver") == first).all()
 
 
 def test_threads_are_set_before_the_libraries_are_imported(monkeypatch):
@@ -72,3 +72,14 @@ def test_what_the_work_names_is_set_and_the_rest_is_the_trainers(monkeypatch):
 def test_a_seed_of_more_than_32_bits_will_do():
     with make_stream(seed=2**40 + 7) as stream:
         assert len(listed(stream, [8])) == 8
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_niceness_is_that_of_the_process_and_of_its_session(method):
+    with make_stream(nice=7, producers=2, start_method=method) as stream:
+        stream.take(20)
+        for pid in stream.producer_pids:
+            assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 7
+            group = Path(f"/proc/{pid}/autogroup")  # Linux shares a core among sessions first
+            assert not group.exists() or group.read_text().endswith("nice 7\n")
+    assert not Path("/proc/self/autogroup").exists() or " nice 7" not in Path("/proc/self/autogroup").read_text()

@@ -90,7 +90,15 @@ def test_an_exception_arrives_within_a_second_with_its_traceback_and_its_batch()
             stream.take(1)
     message = str(error.value)
     assert message.startswith("the producer raised RuntimeError in batch 5: the weights are rotten")
-    assert "in make" in message and "rehearsal.py" in message and "Traceback" in message
+    assert "in make" in message and "hashing.py" in message and "Traceback" in message
+
+
+def test_a_producer_out_of_memory_is_an_exception_with_its_batch():
+    with (
+        make_stream(engine_options={"allocate_at": 2}) as stream,
+        pytest.raises(ProducerError, match=r"raised _?\w*MemoryError in batch 2: Unable to allocate 1\.00 EiB"),
+    ):
+        stream.take(100)
 
 
 @pytest.mark.parametrize("backend", ["local", "process"])
@@ -184,7 +192,7 @@ def test_slow_work_is_not_a_hang_as_long_as_it_beats(caplog):
 
 
 def test_the_first_batch_may_take_as_long_as_starting():
-    options = {"seconds": 0.8, "beat": False}
+    options = {"slow_every": 1000, "slow_seconds": 0.8, "beat": False}
     with make_stream(stall_timeout=0.2, hang_timeout=0.4, start_timeout=30, engine_options=options) as stream:
         stream.take(8)
         assert stream.stats().restarts == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from streamaug.config import Recipe
 from streamaug.errors import StateError, StreamaugError, UsageError
 from streamaug.orders import ORDER_DTYPE, REASONS, OrderBatch, Planner, Schedule
-from streamaug.stream.manifest import Manifest, ManifestWriter, _frame_at
+from streamaug.stream.manifest import Manifest, ManifestWriter, _frame_at, check_of
 from streamaug.stream.position import Identity, Position
 from streamaug.stream.steering import Steering
 
@@ -26,7 +26,7 @@ IDENTITY = Identity(
     batch_size=8, in_flight=4, rank=0, world_size=1, threads=1, judge_nbytes=16, plan="plan", first_judge=None
 )
 RUN = {
-    "engine": "streamaug.stream.rehearsal:build",
+    "engine": "streamaug.stream.hashing:build",
     "engine_options": {"image_shape": [1, 8, 8]},
     "image_shape": (1, 8, 8),
     "class_names": ["a", "b"],
@@ -58,7 +58,8 @@ def order_of(k: int, size: int = 8, judge_version: int = 0) -> OrderBatch:
 
 def position_at(undelivered: list[int], offset: int, next_k: int) -> Position:
     names = [(k, 0, 0) for k in undelivered]
-    return Position(names, offset, next_k, 0, {}, 0, None, {}, 0, Steering(np.ones(2)))
+    offsets = [offset, *[0] * (len(names) - 1)] if names else []
+    return Position(names, offsets, next_k, 0, {}, 0, None, {}, 0, Steering(np.ones(2)))
 
 
 def write(path: Path, ks: range, position: Position | None = None) -> None:
@@ -239,7 +240,7 @@ def test_an_interrupted_take_is_marked_as_not_delivered(tmp_path, monkeypatch):
     path = tmp_path / "run.manifest"
     with make_stream(manifest=path, backend="local") as stream:
         stream.take(3)
-        copy, calls = stream._copy, []
+        copy, calls = stream._delivery._copy, []
 
         def stop_in_the_middle(*arguments):
             copy(*arguments)
@@ -247,7 +248,7 @@ def test_an_interrupted_take_is_marked_as_not_delivered(tmp_path, monkeypatch):
             if len(calls) == 2:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(stream, "_copy", stop_in_the_middle)
+        monkeypatch.setattr(stream._delivery, "_copy", stop_in_the_middle)
         with pytest.raises(KeyboardInterrupt):
             stream.take(30)
     assert delivered(path) == {0: 3, 1: 0}
@@ -269,6 +270,17 @@ def test_a_resumed_run_appends_and_what_was_delivered_after_its_state_is_undone(
     with make_stream(manifest=path, backend="local") as stream:
         stream.take(2)
     assert delivered(path) == {0: 2, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0}, "a run that begins anew undoes all"
+
+
+def test_a_batch_in_a_gpus_memory_has_the_checksum_that_it_has_in_the_hosts():
+    import torch
+
+    slot = slot_of(np.zeros(8))
+    slot.images[:] = np.arange(64, dtype=np.uint8).reshape(1, 1, 8, 8)
+    apart = SimpleNamespace(count=slot.count, scores=slot.scores, images=torch.from_numpy(slot.images.copy()))
+    assert check_of(apart) == check_of(slot)
+    apart.images[0, 0, 0, 0] ^= 1
+    assert check_of(apart) != check_of(slot)
 
 
 def test_a_stream_that_delivers_nothing_undoes_nothing(tmp_path):

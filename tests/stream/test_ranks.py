@@ -40,8 +40,8 @@ def prepare_slowly(cache: Path, log: Path) -> None:
 
 
 def test_processes_that_prepare_the_same_take_turns(tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=prepare_slowly, args=(tmp_path / "cache", tmp_path / "log")) for _ in range(3)]
+    fork = multiprocessing.get_context("fork")  # what they import is here already
+    processes = [fork.Process(target=prepare_slowly, args=(tmp_path / "cache", tmp_path / "log")) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -8,7 +8,7 @@ import pytest
 
 from streamaug.errors import ProducerError
 from streamaug.stream import fleet
-from streamaug.stream.torture import footprint
+from streamaug.stream.footprint import footprint
 
 from .fakes import images_of, listed, make_stream, undisturbed, until
 from .far import PipeProducer

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import signal
 import time
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from streamaug.errors import StateError
 
-from .fakes import images_of, listed, make_stream, undisturbed
+from .fakes import images_of, interrupted_take, listed, make_stream, undisturbed
 
 STEPS = 24
 PLAIN, FEEDBACK, LIVE_JUDGE = "plain", "feedback", "live judge"
@@ -79,8 +78,8 @@ def test_resumed_it_rejects_the_same_images_for_the_same_reasons(uninterrupted, 
         for number in range(STEPS):
             step(stream, kind, number)
     assert any(any(mask) for mask in expected.values())
-    for position in (3, 11, 17):
-        with make_stream(producers=2, **options_of(kind)) as stream:
+    for position, backend in ((3, "local"), (11, "process"), (17, "local")):
+        with make_stream(producers=2, backend=backend, **options_of(kind)) as stream:
             masks = masks_of(stream)
             stream.load_state_dict(states[position])
             for number in range(position, STEPS):
@@ -216,7 +215,7 @@ def test_a_state_of_another_run_is_refused_with_both_values(options, text):
 def test_a_state_of_another_format_is_refused():
     with (
         make_stream(backend="local") as stream,
-        pytest.raises(StateError, match="format 99, this version reads format 2"),
+        pytest.raises(StateError, match="format 99, this version reads format 3"),
     ):
         stream.load_state_dict(stream.state_dict() | {"format": 99})
 
@@ -230,26 +229,6 @@ def test_other_threads_are_only_warned_of(caplog):
 
 
 # Interrupted calls.
-
-
-class Interrupt(BaseException):
-    pass
-
-
-def interrupted_take(stream, n: int, seconds: float) -> bool:
-    def handler(signum, frame):
-        raise Interrupt
-
-    old = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        stream.take(n)
-        return False
-    except Interrupt:
-        return True
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def test_an_interrupted_take_loses_nothing_and_leaves_an_exact_state():
@@ -295,6 +274,33 @@ def test_an_interrupted_take_changes_nothing_also_when_the_loop_reacts_afterward
     with make_stream(backend="local", judge=judge) as stream:
         stream.load_state_dict(state)
         assert react(stream, 6) + listed(stream, [40]) == expected[25:]
+
+
+@pytest.mark.parametrize("taken", [8, 11])  # a whole batch, after which the interrupted call plans another; or not
+def test_what_is_said_right_after_an_interrupted_take_counts_as_if_it_had_not_been(taken):
+    def run(interrupted: bool, **options) -> list[tuple]:
+        with make_stream(judge=np.zeros(16, np.uint8), **options) as stream:
+            got = listed(stream, [taken])
+            assert not interrupted or interrupted_take(stream, 500, 0.15)
+            stream.feedback([0, 1, 2, 3], [4.0, 1.0, 1.0, 1.0])
+            stream.publish_judge(np.full(16, 9, np.uint8))
+            state = copy.deepcopy(stream.state_dict())
+            got += listed(stream, [60])
+            stream.load_state_dict(state)
+            assert listed(stream, [60]) == got[-60:]
+            return got
+
+    assert run(True, engine_options={"seconds": 0.01}) == run(False, backend="local")
+
+
+def test_calls_that_are_always_interrupted_before_a_batch_is_made_do_get_it_made():
+    with make_stream(in_flight=1, engine_options={"seconds": 0.4}) as stream:
+        got, interruptions = listed(stream, [8]), 0
+        while interrupted_take(stream, 1, 0.1):
+            interruptions += 1
+            assert interruptions < 30
+        assert interruptions > 2
+        assert got + listed(stream, [8]) == undisturbed([8]) + undisturbed([17])[9:]
 
 
 def test_interrupted_again_and_again_it_still_delivers_every_image():

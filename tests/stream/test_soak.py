@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streamaug.stream.torture import footprint, memory_mb
+from streamaug.stream.footprint import footprint, memory_mb
 
 from .fakes import images_of, listed, make_stream, running, undisturbed, until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 FLAT_MB = 1.0  # by how much the memory of a process may differ between the first and the last quarter
-FILL = "streamaug.stream.rehearsal:build_fill"
+FILL = "streamaug.stream.hashing:build_fill"
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
+from streamaug.stream.recorder import Recorder
 from streamaug.stream.ring import STAGES
-from streamaug.stream.stats import Recorder
 
 from .fakes import listed, make_planner, make_stream, until
 
@@ -42,7 +42,7 @@ def recorded(batches: int, producers: int = 1, waits: float = 0.0, size: int = 6
             began_ns=slot.span_ns[1] + 5_000_000,
             ended_ns=slot.span_ns[1] + 5_100_000,
         )
-        recorder.took(waits, 0.5, 0.25)
+        recorder.took(size, 0.02 * k, 0.02 * k + waits + 0.0001, waits, (0.5, 0.25))
     return recorder
 
 
@@ -69,7 +69,7 @@ def test_ages_are_in_steps_and_in_seconds():
 def test_waits_are_counted_and_have_a_median_and_a_tail():
     recorder = recorded(100)
     for seconds in [0.0] * 80 + [0.5] * 20:
-        recorder.took(seconds, 1.0, 0.0)
+        recorder.took(0, 2.0, 2.0 + seconds, seconds, (1.0, 0.0))
     stats = recorder.stats(0.5, 0)
     assert stats.stalls == 20 and stats.stall_seconds == pytest.approx(10)
     assert stats.wait_p50_seconds == 0 and stats.wait_p99_seconds == 0.5
@@ -80,13 +80,23 @@ def test_the_stage_that_limits_is_named_in_words_also_when_the_first_wait_was_lo
     waiting, busy = recorded(100, waits=0.01).stats(0, 0), recorded(100).stats(0, 0)
     assert waiting.limit == "the producer limits training: sample takes 60% of its time"
     assert busy.limit == "training limits: producers are busy 100% of the time"
+    again = recorded(100)
+    for _ in range(20):
+        again.took(64, 9.0, 9.0, 0.0, (0.5, 0.5))  # and was given nothing new
+    assert again.stats(0, 0).limit == "the producer limits training: sample takes 60% of its time"
     recorder = Recorder(["cat", "dog", "fox", "owl"], 1)
-    recorder.took(1000.0, 1, 0)  # until the first batch was there
+    recorder.took(0, 0.0, 1000.0, 1000.0, (1, 0))  # until the first batch was there
     order = make_planner(8).batch(0, make_planner(8).uniform())
     for k in range(5000):
         recorder.arrived(order, FakeSlot(8, 1000 * k, 1000 * k + 1000))
-        recorder.took(0.0, 0, 1)
+        recorder.took(0, 1000.0, 1000.0, 0.0, (0, 1))
     assert recorder.stats(1, 0).limit.startswith("training limits")
+
+
+def test_a_stage_of_the_trainers_own_that_takes_much_of_its_time_is_named():
+    recorder = recorded(70)
+    recorder.planned(64, 10**15)
+    assert recorder.stats(0, 0).limit.endswith("of the time; plan takes 100% of the trainer's")
 
 
 def test_the_timeline_keeps_the_latest_batches_in_order(monkeypatch):
@@ -123,6 +133,7 @@ def test_a_line_is_logged_now_and_then(monkeypatch, caplog):
     monkeypatch.setattr(Recorder, "REPORT_SECONDS", 0.2)
     caplog.set_level("INFO", logger="streamaug")
     with make_stream(engine_options={"seconds": 0.02, "reject": 0.2}) as stream:
+        stream.take(8)
         began = time.monotonic()
         while time.monotonic() - began < 0.9:
             stream.take(8)
@@ -130,6 +141,7 @@ def test_a_line_is_logged_now_and_then(monkeypatch, caplog):
     assert 2 <= len(lines) <= 5
     for word in (
         "fresh 100%",
+        "could be fed",
         "reuse 1.00",
         "steps",
         "made",
@@ -155,7 +167,8 @@ def test_counting_costs_less_than_a_two_hundredth_of_a_step():
         recorder.planned(64, 10)
         recorder.arrived(order, slot)
         recorder.delivered(labels, made_ns=0, planned_at=0, began_ns=1, ended_ns=2)
-        recorder.took(0.0, 0.5, 0.5)
+        recorder.made(slot, 10, first=False)
+        recorder.took(64, 0.0, 0.001, 0.0, (0.5, 0.5))
         recorder.report_due()
         seconds.append(time.perf_counter() - began)
     assert statistics.median(seconds) < 0.005 * 0.02

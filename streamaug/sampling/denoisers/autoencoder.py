@@ -8,7 +8,14 @@ import numpy as np
 import torch
 
 from streamaug.errors import ModelError
-from streamaug.sampling.denoisers.base import LoadSettings, ModelInfo, load_network, read_json
+from streamaug.sampling.denoisers.base import (
+    LoadSettings,
+    ModelInfo,
+    digest_of_files,
+    load_network,
+    read_json,
+    weight_files,
+)
 
 _PIXELS_AT_ONCE = 1 << 20  # encoded together: a few GiB of activations in fp32
 
@@ -69,6 +76,11 @@ def load_autoencoder(info: ModelInfo, settings: LoadSettings) -> Autoencoder:
     if dtype == torch.float16 and vae.config.get("force_upcast"):
         vae = vae.to(torch.float32)
     return Autoencoder(vae, device, channels_last=channels_last)
+
+
+def digest_of_tiny(path: Path) -> str:
+    """Hash of an AutoencoderTiny's configuration and weights. Raises ModelError."""
+    return digest_of_files([path / "config.json", *weight_files(path.parent, path.name)])
 
 
 def _load_tiny(info: ModelInfo, path: Path, dtype: torch.dtype) -> Any:

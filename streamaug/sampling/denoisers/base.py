@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from streamaug.sampling.caching import AttentionCache
 from streamaug.sampling.network import compile_network, laid_out
 
 _log = logging.getLogger("streamaug")
+
+_PIXELS_AT_ONCE = 1 << 20  # decoded together, a few GiB of activations in fp32: four images of 512x512
 
 Conditioning = dict[str, torch.Tensor]
 """What the network is told besides latent and timestep; every first axis is B, or 2B with the unconditional half
@@ -93,7 +95,9 @@ class LoadSettings:
     prompts: the file of encoded prompts (`conditioning.encode_prompts`), for families that take one; null_class: the
     label that means "no class", where the model has one; tiny_vae: folder of an AutoencoderTiny that decodes instead
     of the model's own autoencoder; variant: "fp16" reads diffusion_pytorch_model.fp16.safetensors; attention_cache:
-    attention is computed at every n-th evaluation (`caching.AttentionCache`), 1 at each.
+    attention is computed at every n-th evaluation (`caching.AttentionCache`), 1 at each; embedded_guidance: the scale
+    that a model of embedded guidance is told, None for each image's own; original_size, target_size: the sides in
+    pixels of SDXL's size conditions, None for its own.
     """
 
     device: torch.device
@@ -105,16 +109,20 @@ class LoadSettings:
     tiny_vae: Path | None = None
     variant: str | None = None
     attention_cache: int = 1
+    embedded_guidance: float | None = None
+    original_size: int | None = None
+    target_size: int | None = None
 
 
 class Denoiser:
     """An adapter between a diffusers network and the sampler. A family subclasses it in a file of its own.
 
     network: the diffusers module; learned_variance: whether the output has twice the latent's channels, the second
-    half a variance.
+    half a variance; vae: the autoencoder (`autoencoder.Autoencoder`) whose latents it makes, None for a pixel model.
     """
 
     learned_variance: bool = False
+    vae: Any = None
 
     def __init__(self, network: Any, info: ModelInfo | None, settings: LoadSettings):
         network = network.to(settings.device).eval().requires_grad_(False)
@@ -127,8 +135,15 @@ class Denoiser:
 
     @property
     def guidance(self) -> Literal["none", "cfg", "embedded"]:
+        """As in ModelInfo; a model that is told a fixed scale can take two halves besides."""
         assert self.info is not None
-        return self.info.guidance
+        return "cfg" if self.settings.embedded_guidance is not None else self.info.guidance
+
+    def told_scale(self, order: OrderBatch, guided: bool) -> torch.Tensor:
+        """The guidance scale that the network takes as an input: fp32 [B], or [2B] when guided, on the device."""
+        fixed = self.settings.embedded_guidance
+        scale = torch.from_numpy(order.images["guidance"].copy()).to(self.device)
+        return (scale if fixed is None else torch.full_like(scale, fixed)).repeat(1 + guided)
 
     def forget(self) -> None:
         """Reuse nothing of the evaluations before: to be called when another batch begins, or its shape changes."""
@@ -155,7 +170,20 @@ class Denoiser:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, c, h, w] to images [B, C, H, W] in [-1, 1]; the same for a pixel model."""
-        return latents
+        return latents if self.vae is None else self.vae.decode(latents)
+
+    @property
+    def decoded_at_once(self) -> int | None:
+        """How many images `decoded` makes at a time, None for all: an autoencoder's layers are as large as images."""
+        if self.vae is None or self.info is None:
+            return None
+        _, height, width = self.info.image_shape
+        return max(1, _PIXELS_AT_ONCE // (height * width))
+
+    def decoded(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """`decode`'s images in parts [n, C, H, W], first to last, so that a large batch takes no more memory."""
+        for part in latents.split(self.decoded_at_once or len(latents)):
+            yield self.decode(part)
 
     @property
     def feature_size(self) -> int:
@@ -254,12 +282,17 @@ def weight_files(path: Path, component: str, variant: str | None = None) -> list
     return found
 
 
-def digest_of(path: Path, components: Sequence[str], variant: str | None = None) -> str:
-    """Hash of the configuration and weights of the named components and of the scheduler's configuration."""
-    digest = hashlib.sha256()
-    files = [path / "scheduler" / "scheduler_config.json"]
+def digest_of(path: Path, components: Sequence[str], variant: str | None = None, others: Sequence[Path] = ()) -> str:
+    """Hash of the configuration and weights of the named components, the scheduler's configuration and other files."""
+    files = [path / "scheduler" / "scheduler_config.json", *others]
     for component in components:
         files += [path / component / "config.json", *weight_files(path, component, variant)]
+    return digest_of_files(files)
+
+
+def digest_of_files(files: Iterable[Path]) -> str:
+    """Hash of what the files hold, in their order. Raises ModelError."""
+    digest = hashlib.sha256()
     for each in files:
         try:
             with open(each, "rb") as file:

@@ -146,6 +146,3 @@ class DiT(Denoiser):
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         told = conditioning["class_embedding" if "class_embedding" in conditioning else "class_labels"]
         return self.network(x, timestep.expand(len(x)), told, return_dict=False)[0]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents)

@@ -115,8 +115,8 @@ class Flux(Prompted):
     def condition(self, order: OrderBatch, rows: Rows, guided: bool) -> Conditioning:
         found = prompt_conditioning(order, rows, self.prompts, guided, self.embeddings)
         conditioning = {name: value.to(self.dtype) for name, value in found.items()}
-        if self.guidance == "embedded":
-            conditioning["scale"] = torch.from_numpy(order.images["guidance"].copy()).to(self.device)
+        if self.network.config.guidance_embeds:
+            conditioning["scale"] = self.told_scale(order, guided)
         return conditioning
 
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -133,9 +133,6 @@ class Flux(Prompted):
             return_dict=False,
         )[0]
         return unpack(out, h, w)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from streamaug.sampling.denoisers.base import (
 )
 
 _TEXTS_AT_ONCE = 32
+_RESIDENT_BYTES = 1 << 28  # of encoded prompts, at most this much is kept on the device: two thousand of CLIP's
 _ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
 
@@ -45,25 +46,41 @@ class PromptTooLong(Exception):
 
 
 class PromptTable:
-    """Encoded prompts: `embeddings[name]` is [classes, templates, ...], `null[name]` the negative prompt's [...]."""
+    """Encoded prompts: `embeddings[name]` is [classes, templates, ...], `null[name]` the negative prompt's [...].
+
+    The embeddings may be kept elsewhere, and in another dtype, than the nulls: those say where a batch needs its rows.
+    """
 
     def __init__(self, embeddings: dict[str, torch.Tensor], null: dict[str, torch.Tensor]):
         self.embeddings, self.null = embeddings, null
 
     @classmethod
     def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> "PromptTable":
-        tensors = {name: value.to(device, dtype) for name, value in load_file(path).items()}
-        embeddings = {name: value for name, value in tensors.items() if not name.startswith(NULL)}
+        """From `encode_prompts`' file: wholly on the device where they are few, else memory-mapped.
+
+        A T5 makes 4 MB of a prompt in half precision, so that of a thousand only those in use can be there.
+        """
+        tensors = load_file(path)  # mapped from the file, not read
         null = {name.removeprefix(NULL): value for name, value in tensors.items() if name.startswith(NULL)}
-        return cls(embeddings, null)
+        embeddings = {name: value for name, value in tensors.items() if not name.startswith(NULL)}
+        if sum(value.numel() for value in embeddings.values()) * dtype.itemsize <= _RESIDENT_BYTES:
+            embeddings = {name: value.to(device, dtype) for name, value in embeddings.items()}
+        return cls(embeddings, {name: value.to(device, dtype) for name, value in null.items()})
 
     def lookup(self, labels: np.ndarray, templates: np.ndarray) -> Rows:
         """The embeddings of labels int [B] and templates int [B], each [B, ...], and "null." + name, each [...]."""
         found = {}
         for name, table in self.embeddings.items():
-            at = (torch.from_numpy(each.astype(np.int64)).to(table.device) for each in (labels, templates))
-            found[name] = table[tuple(at)]
-            found[NULL + name] = self.null[name]
+            null = self.null[name]
+            rows = labels.astype(np.int64) * table.shape[1] + templates
+            prompts = table.flatten(0, 1)
+            if table.device == null.device and table.dtype == null.dtype:
+                found[name] = prompts[torch.from_numpy(rows).to(table.device)]
+            else:
+                used, inverse = np.unique(rows, return_inverse=True)
+                brought = prompts[torch.from_numpy(used)].to(null.device, null.dtype)
+                found[name] = brought[torch.from_numpy(inverse.reshape(-1)).to(null.device)]
+            found[NULL + name] = null
         return found
 
 

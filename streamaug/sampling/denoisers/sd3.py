@@ -142,6 +142,3 @@ class StableDiffusion3(Prompted):
             pooled_projections=conditioning["pooled"],
             return_dict=False,
         )[0]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents)

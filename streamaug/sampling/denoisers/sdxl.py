@@ -37,7 +37,7 @@ def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: 
     info = latent_unet(path, index, image_size, variant, family=FAMILY, added="text_time")
     unet = read_json(path, "unet/config.json")
     pooled = int(read_json(path, "text_encoder_2/config.json").get("projection_dim", 512))
-    ids = len(_time_ids(info, index)[0])
+    ids = 5 if index.get("requires_aesthetics_score") else 6
     wanted = unet.get("projection_class_embeddings_input_dim")
     width = unet.get("addition_time_embed_dim")
     if not isinstance(width, int) or wanted != ids * width + pooled:
@@ -100,8 +100,10 @@ def load(info: ModelInfo, settings: LoadSettings) -> "SDXL":
 class SDXL(StableDiffusion):
     """The conditioning is {"tokens": [n, L, D], "pooled": [n, P], "time_ids": [n, 6]}, and "timestep_cond" [n, d].
 
-    time_ids: the original size (height, width), the crop's top left corner and the target size, all in pixels: every
-    image is asked for as one that had this size from the start.
+    time_ids: the original size (height, width), the crop's top left corner and the target size, all in pixels. The
+    model learned from small originals that they are blurred, and targets below its own resolution it never saw (Podell
+    et al. 2023, sections 2.2 and 2.3). So images smaller than its own are asked for as if they were of its own size,
+    unless the settings say otherwise; the pipelines say the size that is sampled.
     """
 
     embeddings = ("tokens", "pooled")
@@ -115,7 +117,7 @@ class SDXL(StableDiffusion):
         prompts: PromptTable | None,
     ):
         super().__init__(network, info, settings, vae, prompts)
-        ids = _time_ids(info, read_json(info.path, "model_index.json"))
+        ids = _time_ids(info, network.config.sample_size, settings)
         self._ids, self._null_ids = (torch.tensor([each], dtype=torch.float32, device=self.device) for each in ids)
         self._repeated: dict[tuple[int, bool], torch.Tensor] = {}
 
@@ -152,10 +154,14 @@ def _empty_is_zero(index: dict[str, Any]) -> bool:
     return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
-def _time_ids(info: ModelInfo, index: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """The size conditions of an image, and those of its unconditional half."""
-    _, height, width = info.image_shape
-    size: list[float] = [height, width]
-    if index.get("requires_aesthetics_score"):
-        return [*size, 0, 0, _AESTHETIC_SCORE], [*size, 0, 0, _NULL_AESTHETIC_SCORE]
-    return [*size, 0, 0, *size], [*size, 0, 0, *size]
+def _time_ids(info: ModelInfo, native: Any, settings: LoadSettings) -> tuple[list[float], list[float]]:
+    """The size conditions of an image, and those of its unconditional half. native: the UNet's sample_size."""
+    sampled, cells = info.image_shape[1:], info.latent_shape[1:]
+    own = [native, native] if isinstance(native, int) else native or cells
+    size = [max(pixels, pixels * each // cell) for pixels, cell, each in zip(sampled, cells, own, strict=True)]
+    original, target = (
+        size if side is None else [side, side] for side in (settings.original_size, settings.target_size)
+    )
+    if read_json(info.path, "model_index.json").get("requires_aesthetics_score"):
+        return [*original, 0, 0, _AESTHETIC_SCORE], [*original, 0, 0, _NULL_AESTHETIC_SCORE]
+    return [*original, 0, 0, *target], [*original, 0, 0, *target]

@@ -186,8 +186,8 @@ class StableDiffusion(Prompted):
         conditioning = {name: value.to(self.dtype) for name, value in found.items()}
         self._check_width(conditioning["tokens"])
         if self._guidance_width:
-            scale = torch.from_numpy(order.images["guidance"].copy())
-            conditioning["timestep_cond"] = guidance_embedding(scale, self._guidance_width).to(self.device, self.dtype)
+            scale = self.told_scale(order, guided)
+            conditioning["timestep_cond"] = guidance_embedding(scale, self._guidance_width).to(self.dtype)
         return conditioning
 
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -198,9 +198,6 @@ class StableDiffusion(Prompted):
             timestep_cond=conditioning.get("timestep_cond"),
             return_dict=False,
         )[0]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latents)
 
     def _check_width(self, tokens: torch.Tensor) -> None:
         wanted = self.network.config.cross_attention_dim
@@ -217,7 +214,8 @@ def guidance_embedding(scale: torch.Tensor, width: int) -> torch.Tensor:
     The frequencies are those of a timestep embedding, from 1 to 1/10000, and w counts 1000-fold.
     """
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    steps = torch.arange(half, dtype=torch.float32, device=scale.device)
+    frequencies = torch.exp(steps * -(math.log(10000.0) / (half - 1)))
     angles = (scale.float()[:, None] - 1) * 1000 * frequencies
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.nn.functional.pad(waves, (0, width % 2))

@@ -61,7 +61,7 @@ def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: 
         num_classes=classes,
         null_class=_null_class(path, classes),
         guidance="cfg" if classes else "none",
-        digest=digest_of(path, ["unet"], variant),
+        digest=digest_of(path, ["unet"], variant, [own] if (own := path / OWN_SETTINGS).is_file() else ()),
     )
 
 

@@ -69,6 +69,7 @@ class Driver:
             self.scheduler.set_begin_index(self.first)
         self.timesteps = self._all[self.first :]
         self._brownian: _Brownian | None = None
+        self._noiser: Any = None  # the scheduler that `noising` asks, which goes no step
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -153,7 +154,9 @@ class Driver:
 
     def noising(self, entry: int) -> tuple[float, float]:
         """Signal and noise scale of an image noised to evaluation `entry` of the whole schedule."""
-        fresh = copy.deepcopy(self.scheduler)
+        if self._noiser is None:
+            self._noiser = copy.deepcopy(self.scheduler)
+        fresh = self._noiser
         if hasattr(fresh, "set_begin_index"):
             fresh._step_index = None
             fresh.set_begin_index(entry)
@@ -250,6 +253,12 @@ def _set_timesteps(scheduler: Any, steps: int, timing: dict[str, Any], device: t
     listed = timing.get("timesteps") if timing.get("timesteps") is not None else timing.get("sigmas")
     if listed is not None and len(listed) != steps:
         raise ModelError(f"{len(listed)} timesteps or sigmas are listed and model.steps is {steps}; make them the same")
+    trained = setting(scheduler, "num_train_timesteps")
+    if listed is None and trained and steps > trained:
+        raise ModelError(
+            f"model.steps {steps}: {name} was made with {trained} timesteps and takes at most as many steps; "
+            "20 to 50 are usual"
+        )
     arguments: dict[str, Any] = dict(timing) if listed is not None else {"num_inference_steps": steps, **timing}
     if "device" in parameters:
         arguments["device"] = device

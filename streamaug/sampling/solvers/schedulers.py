@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+from functools import cache
 from typing import Any
 
 from streamaug.errors import ModelError, nearest
@@ -201,5 +202,10 @@ def _can_flow(cls: type, wanted: str) -> bool:
     return wanted == "flow matching" and {"use_flow_sigmas", "final_sigmas_type"} <= set(_init_parameters(cls))
 
 
-def _init_parameters(cls: type) -> Any:
-    return inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+def _init_parameters(cls: Any) -> Any:
+    return _parameters(cls.__init__)
+
+
+@cache
+def _parameters(function: Any) -> Any:
+    return inspect.signature(function).parameters

@@ -10,6 +10,8 @@ from harness import assert_same_images, assert_same_latents, images_from_files, 
 from safetensors.torch import load_file
 from tiny import flux as tiny
 
+from streamaug.config import parse
+from streamaug.engine import solver_settings
 from streamaug.errors import ConfigError, ModelError
 from streamaug.sampling import denoisers
 from streamaug.sampling.conditioning import encode_prompts
@@ -108,6 +110,27 @@ def test_the_embedded_scale_is_each_images_own(pipeline, denoiser, kind):
     for i, scale in enumerate((1.0, 5.0)):
         theirs = pipeline(latents=flux.pack(x[:1]), **asked(orders(1, classes=1), scale, kind)).images
         assert_same_latents(made[i : i + 1], flux.unpack(theirs, SIDE, SIDE))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_true_guidance_beside_the_embedded_one_equals_the_pipelines(pipeline, folder, kind, tmp_path, batch_size):
+    """Away from the negative prompt, with a fixed scale as the network's input."""
+    if kind == "schnell":
+        with pytest.raises(ModelError, match="takes no scale as an input"):
+            solver_settings(parse(f"model: {{path: {folder}, embedded_guidance: 2}}"), denoisers.inspect(folder, SIZE))
+        return
+    info = denoisers.inspect(folder, SIZE)
+    prompts = encode_prompts(info, CLASSES, TEMPLATES, tmp_path, negative="blurry")
+    denoiser = loaded(info, prompts=prompts, embedded_guidance=3.5)
+    assert denoiser.guidance == "cfg"
+    order, x = orders(batch_size, classes=3, guidance=4.0), noise(batch_size, 4, SIDE, SIDE)
+    ours = sampler(denoiser, pipeline.scheduler, STEPS)
+    more = {"negative_prompt": ["blurry"] * batch_size, "true_cfg_scale": 4.0}
+    theirs = pipeline(latents=flux.pack(x), **asked(order, 3.5, kind) | more).images
+    assert_same_latents(ours.sample(x, order), flux.unpack(theirs, SIDE, SIDE))
+    order.images["guidance"] = 1.0
+    theirs = pipeline(latents=flux.pack(x), **asked(order, 3.5, kind)).images
+    assert_same_latents(ours.sample(x, order), flux.unpack(theirs, SIDE, SIDE))
 
 
 def test_encoded_prompts_equal_the_pipelines(pipeline, folder, kind, tmp_path):

@@ -9,8 +9,10 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from harness import images_from_files
 from prompted import (
+    CLASSES,
     CPU,
     NEGATIVE,
+    TEMPLATES,
     adapter,
     deviation,
     encoded,
@@ -25,7 +27,8 @@ from tiny.sdxl import POOLED, build
 from tiny.stable_diffusion import SCHEDULE, tiny_autoencoder
 
 from streamaug.errors import ModelError
-from streamaug.sampling.denoisers import inspect
+from streamaug.sampling.conditioning import encode_prompts
+from streamaug.sampling.denoisers import LoadSettings, inspect, load, load_scheduler
 from streamaug.sampling.sampler import Sampler
 
 STEPS = 5
@@ -104,6 +107,28 @@ def test_pooled_embedding_and_size_move_the_image_far_beyond_the_tolerance(model
     denoiser._repeated.clear()
     assert deviation(pooled, plain) > 0.01
     assert deviation(engine.sample(x, order), pooled) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "original", "target"),
+    [({}, 32, 32), ({"original_size": 24}, 24, 32), ({"original_size": 8, "target_size": 16}, 8, 16)],
+)
+def test_smaller_images_than_the_models_are_asked_for_as_its_own_size_or_as_set(models, settings, original, target):
+    folder, size = models["base"].folder, 16
+    info = inspect(folder, size)
+    prompts = encode_prompts(info, CLASSES, TEMPLATES, folder / "cache", negative=NEGATIVE)
+    denoiser = load(info, LoadSettings(CPU, prompts=prompts, **settings))
+    order, x = orders(2, guidance=5.0), noise((2, 4, size // 2, size // 2))
+    ours = Sampler(denoiser, load_scheduler(folder), STEPS)
+    sizes = {"original_size": (original, original), "target_size": (target, target), "height": size, "width": size}
+    expected = theirs(models["base"].pipeline, order, x, **sizes)
+    assert deviation(ours.sample(x * ours.schedule.initial_noise, order), expected) <= 1e-4
+
+
+def test_larger_images_than_the_models_are_asked_for_as_their_own_size(models):
+    folder = models["base"].folder
+    denoiser = load(inspect(folder, 48), LoadSettings(CPU))
+    assert denoiser._ids.tolist() == [[48, 48, 0, 0, 48, 48]]
 
 
 def test_images_equal_the_pipelines_also_with_a_tiny_autoencoder(models, tmp_path):

@@ -289,6 +289,16 @@ def test_the_guidance_embedding_is_the_pipelines(models, width):
     torch.testing.assert_close(guidance_embedding(scales, width), expected, atol=1e-4, rtol=0)
 
 
+def test_a_fixed_embedded_scale_leaves_guidance_to_the_negative_prompt(models):
+    denoiser = adapter(models["lcm"].folder, embedded_guidance=8.0)
+    assert denoiser.guidance == "cfg"
+    order = orders(2, guidance=3.0)
+    told = denoiser.condition(order, {}, True)
+    torch.testing.assert_close(told["timestep_cond"], guidance_embedding(torch.full((4,), 8.0), 32))
+    torch.testing.assert_close(told["tokens"][:2], denoiser.prompts.null["tokens"].expand(2, -1, -1))
+    assert torch.equal(denoiser.condition(order, {}, False)["timestep_cond"], told["timestep_cond"][:2])
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("guidance", [1.0, 8.5])
 def test_a_model_told_the_guidance_equals_its_pipeline(models, batch_size, guidance):
@@ -361,6 +371,7 @@ model:
   path: {models["epsilon"].folder}
   device: cpu
   steps: 3
+  compile: false
   prompts: ["a {{}}", "a sks {{}}"]
   class_tokens: [{tmp_path / "sks.safetensors"}]
   tiny_vae: {tmp_path / "tiny"}

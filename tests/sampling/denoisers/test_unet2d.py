@@ -171,6 +171,7 @@ def test_the_folder_may_say_which_class_is_none(of_classes, tmp_path):
     copy = shutil.copytree(of_classes, tmp_path / "copy")
     (copy / "streamaug.json").write_text('{"null_class": 4}')
     assert denoisers.inspect(copy).null_class == 4
+    assert denoisers.inspect(copy).digest != denoisers.inspect(of_classes).digest
     (copy / "streamaug.json").write_text('{"null_class": 5}')
     with pytest.raises(ModelError, match=r"null_class is 5.*from 0 to 4"):
         denoisers.inspect(copy)

@@ -222,7 +222,7 @@ def test_options_of_the_timesteps_are_in_the_table(scheduler, steps, timing):
     [
         ({"options": {"eat": 1.0}}, "no step option eat.*did you mean 'eta'"),
         ({"timing": {"mu": 1.0}}, "no timing option mu.*takes none"),
-        ({"steps": 2000}, r"model.steps 2000"),
+        ({"steps": 2000}, r"model\.steps 2000: DDIMScheduler was made with 1000 timesteps and takes at most as many"),
         ({"start": 10}, "start 10: DDIMScheduler has 10 evaluations"),
     ],
 )

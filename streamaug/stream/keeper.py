@@ -1,0 +1,234 @@
+"""The thread that keeps a fleet's producers: starts them, notices deaths and hangs, replaces and ends them."""
+
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from streamaug import errors
+from streamaug.config import StreamConfig
+from streamaug.errors import ProducerError, StreamaugError, UsageError
+from streamaug.stream.backends import Lane, Producer
+from streamaug.stream.producer import hint
+from streamaug.stream.ring import FAILED, READY, STARTING, Ring
+
+log = logging.getLogger("streamaug")
+
+_LOOK_SECONDS = 0.25  # how often it looks when nothing wakes it
+
+
+@dataclass
+class Watch:
+    """What the keeper knows about one producer."""
+
+    producer: Producer
+    lane: Lane
+    incarnation: int = 0
+    started: float = 0.0  # monotonic seconds
+    published_at_start: int = 0
+    deaths: int = 0  # in a row, without a batch in between
+    progress: tuple[int, int] = (0, 0)
+    stalled: float = 0.0  # seconds without progress while there was work
+    reported: bool = False
+
+
+class Keeper:
+    """Starts producers and replaces dead ones at once, also while the trainer is busy elsewhere.
+
+    Producers are started in its thread because on Linux a producer dies with the thread that started it: this one lives
+    exactly as long as the fleet, whichever thread the user calls from.
+    """
+
+    def __init__(self, config: StreamConfig, watches: Sequence[Watch], finish: Callable[[], None]):
+        """finish: called in the thread when all producers have ended."""
+        self.failure: StreamaugError | None = None
+        self.restarts = 0
+        self.spawned = threading.Event()  # every producer was started once
+        self._config = config
+        self._watches = watches
+        self._finish = finish
+        self._closed = False
+        self._stir: tuple[int, int] | None = os.pipe()  # what is written there wakes it
+        self._thread = threading.Thread(target=self._keep, name="streamaug-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Raises RuntimeError when the system has no thread left."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self.release()
+            raise
+
+    def is_this_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def leave(self) -> None:
+        """End all producers, soon."""
+        self._closed = True
+
+    def stop(self) -> None:
+        """End all producers; returns when they have ended."""
+        self._closed = True
+        if self._stir is not None:
+            os.write(self._stir[1], b"!")
+        self._thread.join()
+
+    def release(self) -> None:
+        """After the thread's end, or in it."""
+        if self._stir is not None:
+            for fd in self._stir:
+                os.close(fd)
+            self._stir = None
+
+    def failed(self, error: StreamaugError) -> None:
+        """The first failure is for good."""
+        if self.failure is None:
+            self.failure = error
+
+    def _keep(self) -> None:
+        try:
+            for watch in self._watches:
+                self._spawn(watch)
+            self.spawned.set()
+            last = time.monotonic()
+            while not self._closed:
+                self._doze()
+                now = time.monotonic()
+                # A longer gap means that we were stopped ourselves: it is no evidence against a producer.
+                elapsed, last = min(now - last, 2 * _LOOK_SECONDS), now
+                for watch in self._watches:
+                    self._look(watch, now, elapsed)
+        except StreamaugError as error:
+            self.failed(error)
+        except Exception as error:
+            self.failed(StreamaugError(f"the producers cannot be watched any more: {error!r}"))
+        finally:
+            self.spawned.set()
+            self._end()
+
+    def _end(self) -> None:
+        for watch in self._watches:
+            watch.lane.ring.close()
+            hint(watch.lane.wake)
+        for watch in self._watches:
+            watch.producer.stop()
+        self._finish()
+
+    def _doze(self) -> None:
+        poll = select.poll()
+        assert self._stir is not None
+        poll.register(self._stir[0], select.POLLIN)
+        if self.failure is None:
+            for watch in self._watches:
+                for fd in watch.producer.watch_fds:
+                    poll.register(fd, select.POLLIN)
+        poll.poll(_LOOK_SECONDS * 1000)
+
+    def _spawn(self, watch: Watch) -> None:
+        ring = watch.lane.ring
+        ring.restart()
+        watch.started = time.monotonic()
+        watch.published_at_start = ring.published
+        watch.stalled, watch.reported = 0.0, False
+        try:
+            watch.producer.start(watch.incarnation)
+        except (OSError, RuntimeError) as error:
+            self.failed(_cannot_be_started(error))
+        watch.incarnation += 1
+
+    def _look(self, watch: Watch, now: float, elapsed: float) -> None:
+        if self.failure is not None:
+            return
+        watch.producer.look()
+        ring = watch.lane.ring
+        try:
+            alive = watch.producer.alive()
+        except OSError as error:
+            self.failed(_cannot_be_started(error))
+            return
+        if not alive:
+            self._replace(watch)
+        elif ring.state == STARTING:
+            if now - watch.started > self._config.start_timeout:
+                watch.producer.kill()
+                self.failed(
+                    ProducerError(
+                        f"a producer was not ready after {self._config.start_timeout:g} s "
+                        f"(stream.start_timeout): {watch.producer.last_words()}"
+                    )
+                )
+        elif ring.state == READY:
+            self._look_for_stall(watch, elapsed)
+
+    def _look_for_stall(self, watch: Watch, elapsed: float) -> None:
+        ring = watch.lane.ring
+        progress = (ring.published, ring.last_beat_ns)
+        if progress != watch.progress or ring.issued <= ring.published:
+            watch.progress, watch.stalled, watch.reported = progress, 0.0, False
+            return
+        watch.stalled += elapsed
+        if watch.stalled > self._config.stall_timeout and not watch.reported:
+            watch.reported = True
+            log.warning("%s has made no progress for %.0f s", _name(watch), watch.stalled)
+        # The first batch may compile and load for as long as starting may take.
+        first = ring.published == watch.published_at_start
+        limit = max(self._config.hang_timeout, self._config.start_timeout if first else 0.0)
+        if watch.stalled > limit:
+            log.warning("%s made no progress for %.0f s: replacing it", _name(watch), watch.stalled)
+            watch.producer.kill()
+            if not watch.producer.can_restart:
+                self.failed(
+                    ProducerError(
+                        f"the producer's thread made no progress for {watch.stalled:.0f} s "
+                        "(stream.hang_timeout); only stream.backend: process can replace a hung producer"
+                    )
+                )
+
+    def _replace(self, watch: Watch) -> None:
+        ring = watch.lane.ring
+        if ring.state == FAILED:
+            self.failed(remote_error(ring))
+            return
+        if ring.published > watch.published_at_start:
+            watch.deaths = 0
+        watch.deaths += 1
+        words = watch.producer.last_words()
+        if watch.deaths > self._config.max_restarts or not watch.producer.can_restart:
+            self.failed(
+                ProducerError(
+                    f"a producer died {watch.deaths} times in a row without completing a batch "
+                    f"(stream.max_restarts: {self._config.max_restarts}): {words}"
+                )
+            )
+            return
+        log.warning("a producer died, starting another, which makes its last batch again: %s", words)
+        self.restarts += 1
+        self._spawn(watch)
+
+
+def _name(watch: Watch) -> str:
+    pid = watch.producer.pid
+    return f"the producer (process {pid})" if pid else "the producer"
+
+
+def _cannot_be_started(error: OSError | RuntimeError) -> StreamaugError:
+    why = error.strerror if isinstance(error, OSError) else error
+    return StreamaugError(f"a producer cannot be started: {why} (see ulimit -n and ulimit -u)")
+
+
+def remote_error(ring: Ring) -> StreamaugError:
+    """The exception a producer left, as the trainer raises it: a refusal keeps its class, the rest is
+    ProducerError."""
+    report = ring.error()
+    where = "while starting" if report["k"] is None else f"in batch {report['k']}"
+    kind = getattr(errors, report["type"], None)
+    if isinstance(kind, type) and issubclass(kind, UsageError) and kind is not errors.MissingExtra:
+        error: StreamaugError = kind(report["message"])
+        error.add_note(f"Raised by the producer {where}:\n{report['traceback']}")
+        return error
+    return ProducerError(
+        f"the producer raised {report['type']} {where}: {report['message']}\n\n{report['traceback'].rstrip()}"
+    )

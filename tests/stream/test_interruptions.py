@@ -1,0 +1,80 @@
+"""Wherever in the code of `take` an interruption strikes, the run is afterwards what it is without that call: the same
+images, and the same record of them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamaug.stream.manifest import Manifest
+
+from .fakes import Interrupt, images_of, make_stream
+
+
+def interrupt_at(stream, n: int, line: int) -> bool | None:
+    """Call take and interrupt it before its `line`-th line of Python; None when it had ended before that, or as good
+    as ended: nothing can be undone once it is returning."""
+    lines = 0
+
+    def trace(frame, event, argument):
+        nonlocal lines
+        if "/streamaug/stream/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                raise Interrupt
+        return trace
+
+    steps, before = stream._recorder.steps, sys.gettrace()
+    sys.settrace(trace)
+    try:
+        stream.take(n)
+        return None
+    except Interrupt:
+        return None if stream._before is None and stream._recorder.steps > steps else True
+    finally:
+        sys.settrace(before)
+
+
+def run(path: Path, in_flight: int, line: int | None) -> tuple[list[tuple], list[int]] | None:
+    """(images, ids that the manifest has) of a run that reacts, one of whose calls is interrupted."""
+    path.unlink(missing_ok=True)
+    options = {"engine_options": {"reject": 0.3}, "judge": np.zeros(16, np.uint8), "producers": min(in_flight, 2)}
+    with make_stream(backend="local", in_flight=in_flight, manifest=path, **options) as stream:
+        got = images_of(stream.take(8))
+        if line is not None and interrupt_at(stream, 11, line) is None:
+            return None
+        for number in range(4):
+            stream.feedback([0, 1, 2, 3], [1.0 + number, 1.0, 1.0, 1.0])
+            stream.publish_judge(np.full(16, number, np.uint8))
+            got += images_of(stream.take(7))
+    ids = []
+    with Manifest(path) as found:
+        for batch in found.batches.values():
+            order, reasons = found.contents(batch)
+            ids += order.images["id"][reasons == 0][: batch.delivered].tolist()
+    return got, ids
+
+
+def compare(path: Path, in_flight: int, every: int) -> None:
+    undisturbed = run(path, in_flight, None)
+    assert undisturbed is not None and undisturbed[1] == [image[0] for image in undisturbed[0]]
+    line = 1
+    while (disturbed := run(path, in_flight, line)) is not None:
+        assert disturbed == undisturbed, f"interrupted before line {line}"
+        line += every
+    assert line > 200, "the call was interrupted to its end"
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_call_interrupted_at_many_places_leaves_no_trace(tmp_path, in_flight):
+    compare(tmp_path / "run.manifest", in_flight, every=23)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("in_flight", [1, 2, 4])
+def test_a_call_interrupted_before_any_line_leaves_no_trace(tmp_path, in_flight):
+    compare(tmp_path / "run.manifest", in_flight, every=1)

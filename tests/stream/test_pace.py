@@ -1,0 +1,284 @@
+"""Supply and demand: measured before the first step, compared after a few, and said with what would help."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from streamaug.config import Config, LoaderConfig, StreamConfig
+from streamaug.stream.advice import Generator, announcement, remedies, verdict
+from streamaug.stream.pace import Demand, Pace
+from streamaug.stream.plan import Plan
+from streamaug.stream.recorder import Recorder
+
+from .fakes import make_planner, make_stream
+
+SLOW = Pace(supply=240, demand=640, waiting=0.62, missing=0, ratio=0.5)
+
+
+def demand_of(own: list[float], *, wanted: int = 32, fresh: int = 32, waited: float = 0.0) -> Demand:
+    """Calls of take that last `waited` and have these seconds of the loop's own between them."""
+    demand, now = Demand(), 0.0
+    for seconds in [0.0, *own]:
+        began = now + seconds
+        now = began + waited
+        demand.took(wanted, fresh, began, now, waited)
+    return demand
+
+
+# Measuring.
+
+
+def test_demand_is_what_is_asked_for_in_the_loops_own_time_without_its_waits():
+    assert demand_of([0.05] * 20).per_second == pytest.approx(640)
+    assert demand_of([0.05] * 20, waited=0.3).per_second == pytest.approx(640)
+    assert demand_of([0.05] * 7).per_second is None, "too few calls"
+
+
+def test_a_rare_long_pause_such_as_an_evaluation_does_not_lower_the_demand():
+    assert demand_of([0.05] * 30 + [60.0] + [0.05] * 30).per_second == pytest.approx(640)
+
+
+def test_calls_that_come_in_bursts_ask_for_no_more_than_their_mean():
+    assert demand_of([0.2, 0.0, 0.0, 0.0] * 16).per_second == pytest.approx(640, rel=0.35)
+
+
+def test_a_loop_is_too_fast_when_it_waits_or_is_given_the_same_images_again():
+    waits = demand_of([0.05] * 20, waited=0.1).pace(240, 0.5)
+    again = demand_of([0.05] * 20, fresh=12).pace(240, 0.5)
+    for pace in (waits, again):
+        assert pace.too_slow and pace.fed == pytest.approx(0.375)
+        assert pace.sustainable_ratio == pytest.approx(0.1875)
+    assert waits.waiting == pytest.approx(2 / 3) and again.missing == pytest.approx(1 - 12 / 32)
+
+
+def test_what_keeps_up_is_no_alarm():
+    assert not demand_of([0.05] * 20).pace(640, 0.5).too_slow
+    assert not demand_of([0.05] * 20).pace(240, 0.5).too_slow, "what is in the ring still lasts"
+    assert not demand_of([0.05] * 20, waited=0.1).pace(900, 0.5).too_slow, "it waited for something else"
+    assert demand_of([0.05] * 20).pace(900, 0.5).sustainable_ratio == 0.5
+    assert demand_of([0.05] * 20).pace(900, None).sustainable_ratio is None
+
+
+class FakeSlot:
+    """As much of a published slot as its time is read from."""
+
+    def __init__(self, seconds: float, sampling: float, count: int = 64):
+        self.span_ns = 0, int(seconds * 1e9)
+        self.stage_ns = np.array([0, int(sampling * 1e9), 0, 0, 0])
+        self.count = count
+
+
+def test_the_rate_leaves_out_first_batches_and_what_was_rejected():
+    recorder = Recorder(["a"], producers=2)
+    assert recorder.rate() is None
+    recorder.made(FakeSlot(8.0, 8.0), 5, first=True)
+    assert recorder.rate() == pytest.approx(2 * 64 / 8) and not recorder.is_warm
+    for count in (64, 48):
+        recorder.made(FakeSlot(0.5, 0.4, count), 5, first=False)
+    assert recorder.rate() == pytest.approx(2 * 56 / 0.5) and recorder.is_warm
+
+
+def test_the_first_rate_is_that_of_batches_of_mean_depth():
+    """Two batches of 10 steps are no measure of a run whose batches take 4: only sampling is shorter there."""
+    recorder = Recorder(["a"], producers=1)
+    for _ in range(2):
+        recorder.made(FakeSlot(1.2, 1.0), 10, first=False)
+    assert recorder.rate(4) == pytest.approx(64 / 0.6)
+    planner = make_planner(8)
+    plan = Plan(planner, 4, rank=0, world_size=1, first_judge=None)
+    depths = [10 - planner.batch(k, planner.uniform()).start for k in range(32)]
+    assert plan.mean_evaluations() == np.mean(depths) and len(set(depths)) > 1
+
+
+def test_a_thread_that_reads_ahead_is_no_loop_and_raises_no_alarm(caplog):
+    with make_stream(engine_options={"seconds": 0.03}) as stream:
+        reader = threading.Thread(target=lambda: [stream.take(8) for _ in range(30)])
+        reader.start()
+        reader.join()
+        stats = stream.stats()
+    assert stats.stall_seconds > 0.5 and caplog.records == []
+    assert stats.demand_per_second is None and stats.sustainable_ratio is None
+
+
+# Saying it.
+
+
+def test_before_the_first_image_it_is_said_what_can_be_fed(caplog):
+    caplog.set_level("INFO", logger="streamaug")
+    with make_stream(engine_options={"seconds": 0.02, "slow_every": 1000, "slow_seconds": 0.3}) as stream:
+        stream.asked_ratio = 0.2
+        stream.take(1)
+        (line,) = [record.getMessage() for record in caplog.records]
+        rate = stream.rate
+        stream.take(40)
+    assert line.startswith("producer ready in ") and "the first batch" not in line
+    assert 8 / 0.1 < rate < 8 / 0.02, "the first batch took 0.32 s, the second one 0.02"
+    assert "pass the judge: ratio 0.2 up to " in line and ", 0.5 up to " in line
+    assert len(caplog.records) == 1, "once"
+
+
+@pytest.mark.parametrize("options", [{"in_flight": 1}, {"engine_options": {"raise_at": 1}}])
+def test_where_no_second_batch_comes_soon_the_first_one_counts_and_is_named(caplog, options):
+    caplog.set_level("INFO", logger="streamaug")
+    with make_stream(**options) as stream:
+        stream.take(8)
+    assert caplog.records[0].getMessage().count("at least") == 1
+    assert "(the first batch warmed it up)" in caplog.records[0].getMessage()
+
+
+def test_a_loop_that_real_images_fill_up_is_not_made_to_wait_for_the_rate(caplog):
+    caplog.set_level("INFO", logger="streamaug")
+    with make_stream(starved="real", engine_options={"seconds": 0.05}) as stream:
+        began = time.monotonic()
+        assert len(stream.take(8)) == 0 and time.monotonic() - began < 0.5
+        assert not caplog.records
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            stream.take(8)
+    assert caplog.records[0].getMessage().startswith("producer ready")
+
+
+def test_a_generator_that_is_too_slow_is_said_once_with_figures_and_what_would_help(caplog):
+    with make_stream(engine_options={"seconds": 0.04}) as stream:
+        stream.asked_ratio = 0.5
+        for _ in range(40):
+            stream.take(8)
+            time.sleep(0.005)
+        stats = stream.stats()
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert record.levelname == "WARNING" and message.startswith("the generator is too slow for ratio 0.5: training ")
+    assert "synthetic images/s" in message and "stands still for " in message
+    assert f"stream.starved: reuse with max_reuse: {int(np.ceil(0.5 / stats.sustainable_ratio - 1))}" in message
+    assert 120 < stats.supply_per_second < 200.1 and stats.demand_per_second > 400
+    assert stats.sustainable_ratio == pytest.approx(0.5 * stats.supply_per_second / stats.demand_per_second)
+    assert (stats.asked_ratio, stats.as_dict()["sustainable_ratio"]) == (0.5, stats.sustainable_ratio)
+    assert f"{stats.supply_per_second:,.0f}/s could be fed, {stats.demand_per_second:,.0f}/s used" in stats.line()
+
+
+def test_a_generator_that_keeps_up_is_not_complained_of(caplog):
+    with make_stream(engine_options={"seconds": 0.005}) as stream:
+        for _ in range(40):
+            stream.take(8)
+            time.sleep(0.02)
+        stats = stream.stats()
+    assert caplog.records == []
+    assert stats.supply_per_second > stats.demand_per_second and stats.sustainable_ratio == stats.asked_ratio
+
+
+def test_the_ratio_is_the_configurations_until_a_loader_says_its_own():
+    from streamaug.stream import Stream
+
+    def stream_of(loader_config: LoaderConfig | None) -> Stream:
+        return Stream(
+            make_planner(8),
+            engine="streamaug.stream.hashing:build",
+            engine_options={"image_shape": [1, 8, 8]},
+            image_shape=(1, 8, 8),
+            config=StreamConfig(batch_size=8),
+            loader_config=loader_config,
+        )
+
+    assert stream_of(None).asked_ratio is None
+    assert stream_of(LoaderConfig(ratio=0.25)).stats().asked_ratio == 0.25
+
+
+# What would help.
+
+
+def generator_of(
+    *, cores: int = 8, sampling: float = 0.96, acceptance: float = 0.9, compiled: bool = True, **changes: object
+) -> Generator:
+    values: dict = {"prior": {}, "recipes": [{"kind": "noise", "depth": [0.2, 0.6]}]} | changes
+    config = Config.model_validate(values)
+    options = {"config": config.model_dump(mode="json"), "execution": {"compile": compiled}}
+    return Generator.of(options, config.stream, sampling=sampling, acceptance=acceptance, on_cpu=True, cores=cores)
+
+
+def line_of(generator: Generator, setting: str, pace: Pace = SLOW) -> str | None:
+    return next((line for line in remedies(pace, generator) if line.startswith(f"{setting}:")), None)
+
+
+def test_the_ratio_that_is_fed_is_named_and_never_rounded_up():
+    assert line_of(generator_of(), "loader.ratio") == "loader.ratio: 0.18 (0.5 now) needs no more than is made"
+    slower = Pace(supply=1, demand=640, waiting=0.9, missing=0, ratio=0.5)
+    assert line_of(generator_of(), "loader.ratio", slower).startswith("loader.ratio: 0.00078 ")
+    unsaid = Pace(supply=240, demand=640, waiting=0.6, missing=0, ratio=None)
+    assert line_of(generator_of(), "loader.ratio", unsaid) is None
+    assert "At full training speed 0.38 times the synthetic share is sustainable" in verdict(unsaid, generator_of())
+
+
+def test_fewer_steps_and_less_depth_come_with_the_rate_that_they_give():
+    steps = line_of(generator_of(), "model.steps")
+    assert steps == "model.steps: 6 (20 now) gives about 732 images/s, by 70% fewer evaluations"
+    depth = line_of(generator_of(), "recipes.depth")
+    assert depth.startswith("recipes.depth: up to 0.21 (0.6 now) gives about 452 images/s, by 49% fewer evaluations")
+    assert line_of(generator_of(model={"steps": 4}), "model.steps") is None, "no solver makes much of fewer"
+    assert line_of(generator_of(recipes=[{"kind": "prompt"}]), "recipes.depth") is None, "it begins at pure noise"
+
+
+def test_guidance_is_named_where_it_is_on_and_wide():
+    def guided(interval: list[float], depth: list[float], scale: float = 3.0) -> str | None:
+        recipe = {"kind": "noise", "depth": depth, "guidance": [1, scale]}
+        generator = generator_of(model={"guidance_interval": interval}, recipes=[recipe])
+        return line_of(generator, "model.guidance_interval")
+
+    everywhere = guided([0, 1], [1, 1])
+    assert everywhere.startswith("model.guidance_interval: [0.25, 0.75] ([0, 1] now) gives about 316 images/s, by 25%")
+    assert guided([0, 1], [0.5, 0.5]).endswith("by 25% fewer evaluations: guidance evaluates the network twice")
+    assert guided([0, 1], [1, 1], scale=1.0) is None
+    assert guided([0.4, 0.6], [1, 1]) is None
+
+
+def test_idle_cores_compiling_and_reuse_are_named_where_they_are_to_be_had():
+    assert line_of(generator_of(), "stream.producers") == (
+        "stream.producers: 3 (1 now) gives up to 720 images/s: 6 cores are idle"
+    )
+    assert line_of(generator_of(cores=2), "stream.producers") is None
+    assert line_of(generator_of(compiled=True), "model.compile") is None
+    assert line_of(generator_of(compiled=False), "model.compile").startswith("model.compile: true (off now")
+    reuse = line_of(generator_of(), "stream.starved")
+    assert reuse == "stream.starved: reuse with max_reuse: 2 serves an image 2.7 times on average instead of waiting"
+    assert line_of(generator_of(stream={"starved": "reuse"}), "stream.starved") is None
+    assert line_of(generator_of(stream={"starved": "reuse"}), "stream.max_reuse") is None, "4 is enough"
+    more = line_of(generator_of(stream={"starved": "reuse", "max_reuse": 1}), "stream.max_reuse")
+    assert more == "stream.max_reuse: 2 (1 now) serves an image 2.7 times on average and waits no more"
+
+
+def test_a_judge_that_rejects_much_is_named():
+    assert line_of(generator_of(acceptance=0.9), "recipes") is None
+    assert line_of(generator_of(acceptance=0.3), "recipes").startswith(
+        "recipes: the judge lets 30% of what is made pass, all of it would be 800 images/s"
+    )
+
+
+def test_an_engine_of_the_users_own_gets_the_advice_that_needs_no_model():
+    generator = Generator.of({"size": 3}, StreamConfig(), sampling=1.0, acceptance=1.0, on_cpu=True, cores=2)
+    assert [line.partition(":")[0] for line in remedies(SLOW, generator)] == ["loader.ratio", "stream.starved"]
+
+
+@pytest.mark.parametrize(
+    ("starved", "words"),
+    [
+        ("wait", "so training stands still for 62% of its time"),
+        ("reuse", "so an image is used 2.7 times on average"),
+        ("real", "so 60% of what was asked for was left to real images"),
+    ],
+)
+def test_the_consequence_is_the_one_of_the_policy(starved, words):
+    pace = SLOW if starved == "wait" else Pace(supply=240, demand=640, waiting=0, missing=0.6, ratio=0.5)
+    text = verdict(pace, generator_of(stream={"starved": starved}))
+    first, *lines = text.splitlines()
+    assert "training could use 640 synthetic images/s, 240 are made that pass the judge" in first and words in first
+    assert "ratio 0.18 is sustainable. What would help in this run:" in first
+    assert all(line.startswith("  - ") for line in lines) and len(lines) >= 4
+
+
+def test_the_announcement_without_a_ratio_names_usual_ones():
+    text = announcement(3.14, 240, None, warm=True)
+    assert text == (
+        "producer ready in 3.1 s; 240 images/s pass the judge: ratio 0.5 up to 480, 0.25 up to 960, 0.1 up to 2,400 "
+        "training images/s"
+    )
