@@ -44,7 +44,7 @@ class ReadyStream(SimpleNamespace):
             rank=0,
         )
         images = np.random.default_rng(0).integers(0, 256, (BATCH, *SHAPE), dtype=np.uint8)
-        self.batch = SynthBatch.empty(BATCH, SHAPE)
+        self.batch = SynthBatch.around(np.empty((BATCH, *SHAPE), np.uint8))
         self.batch.images[:] = images
         for name in ("labels", "label_b", "label_mix", "ids", "scores", "rows", "starts"):
             getattr(self.batch, name)[:] = 0

@@ -321,6 +321,7 @@ class StreamConfig(Section):
     nice: Annotated[int, Field(ge=0, le=19)] = 0
     devices: list[Annotated[int, Field(ge=0)] | str] = []  # GPUs, by index or UUID, dealt out to producers in turn
     memory: Literal["auto", "memfd", "shm", "file", "pinned", "cuda"] = "auto"
+    deliver_on: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"  # where `take` hands out images
     huge_pages: bool = False  # for host memory, where the system has them
     starved: Literal["wait", "reuse", "real"] = "wait"
     max_reuse: Annotated[int, Field(ge=1)] = 4

@@ -48,6 +48,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("streamaug")
 
 STAGES = ("perturb", "sample", "decode", "judge", "emit")
+# What `build` imports late, for producers that are copies of a process that has it already.
+PRELOAD = (
+    "diffusers.models.unets.unet_2d",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders",
+    "diffusers.schedulers.scheduling_ddim",
+)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

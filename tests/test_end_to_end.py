@@ -55,14 +55,21 @@ def run(*arguments, overrides=(), cwd=None, **options):
 
 def producers_of(pid: int) -> list[int]:
     found = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):  # a child belongs to the thread that started it
-        with suppress(OSError):
-            found += [int(child) for child in thread.read_text().split() if _is_producer(child)]
+    for child in children_of(pid):
+        command = Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"streamaug.stream.producer" in command:
+            found.append(child)
+        elif b"streamaug.stream.forkserver" in command:
+            found += children_of(child)  # its copies
     return found
 
 
-def _is_producer(pid: str) -> bool:
-    return b"streamaug.stream.producer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+def children_of(pid: int) -> list[int]:
+    found = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):  # a child belongs to the thread that started it
+        with suppress(OSError):
+            found += [int(child) for child in thread.read_text().split()]
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -110,9 +117,10 @@ def test_killing_the_producer_changes_nothing_in_the_result(undisturbed, small_o
     while trainer.poll() is None and len(killed) < 2:
         for pid in producers_of(trainer.pid):
             if pid not in killed:
-                time.sleep(0.3 + 3.5 * len(killed))  # the first while it starts, the second while it works
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+                time.sleep(0.3 + 0.3 * len(killed))  # the first while it starts, the second while it works
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
         time.sleep(0.02)
     output, _ = trainer.communicate(timeout=150)
     assert trainer.returncode == 0, output

@@ -1,6 +1,7 @@
 """What `Stream.take` returns, and the store of recent images that `starved: reuse` serves again."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -9,13 +10,13 @@ import numpy as np
 class SynthBatch:
     """n synthetic images with where they come from; numpy arrays of their own, shared with nobody.
 
-    images: uint8 [n, C, H, W]; labels, label_b: int64 [n]; label_mix: float32 [n], the weight of label_b in
-    [0, 1]; ids: int64 [n], unique in a run; scores: float32 [n], from the judge; rows: int64 [n], the bank
-    row of the first anchor (-1 for none); starts: int64 [n], the solver step at which the image entered the
-    schedule; fresh: bool [n], False for an image that was delivered before.
+    images: uint8 [n, C, H, W], with `stream.deliver_on: cuda` a tensor there; labels, label_b: int64 [n]; label_mix:
+    float32 [n], the weight of label_b in [0, 1]; ids: int64 [n], unique in a run; scores: float32 [n], from the judge;
+    rows: int64 [n], the bank row of the first anchor (-1 for none); starts: int64 [n], the solver step at which the
+    image entered the schedule; fresh: bool [n], False for an image that was delivered before.
     """
 
-    images: np.ndarray
+    images: Any
     labels: np.ndarray
     label_b: np.ndarray
     label_mix: np.ndarray
@@ -26,9 +27,11 @@ class SynthBatch:
     fresh: np.ndarray
 
     @classmethod
-    def empty(cls, n: int, image_shape: tuple[int, int, int]) -> "SynthBatch":
+    def around(cls, images: Any) -> "SynthBatch":
+        """Room for what goes with these images."""
+        n = len(images)
         return cls(
-            images=np.empty((n, *image_shape), np.uint8),
+            images=images,
             labels=np.empty(n, np.int64),
             label_b=np.empty(n, np.int64),
             label_mix=np.empty(n, np.float32),
@@ -59,8 +62,10 @@ class SynthBatch:
 class Recent:
     """The latest delivered images, each to be served again at most `max_reuse` times."""
 
-    def __init__(self, capacity: int, image_shape: tuple[int, int, int], max_reuse: int):
-        self._store = SynthBatch.empty(capacity, image_shape)
+    def __init__(self, images: Any, max_reuse: int):
+        """images: uint8 [capacity, C, H, W], the room for them."""
+        capacity = len(images)
+        self._store = SynthBatch.around(images)
         self._uses = np.zeros(capacity, np.int64)
         self._added = np.full(capacity, -1, np.int64)  # when, -1 for never
         self._clock = 0

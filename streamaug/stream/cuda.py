@@ -93,6 +93,10 @@ class Cuda:
         with self._on(index):
             return self._torch.as_tensor(_Pointer(pointer, shape))
 
+    def empty(self, index: int, shape: tuple[int, ...]) -> Any:
+        """A uint8 tensor of torch's own on GPU `index`."""
+        return self._torch.empty(shape, dtype=self._torch.uint8, device=f"cuda:{index}")
+
     # Memory of the host.
 
     def register(self, address: int, nbytes: int) -> None:

@@ -39,7 +39,6 @@ class Delivery:
         fleet: Fleet,
         recorder: Recorder,
         manifest: ManifestWriter | None,
-        image_shape: tuple[int, int, int],
         config: StreamConfig,
     ):
         self._plan = plan
@@ -47,7 +46,6 @@ class Delivery:
         self._fleet = fleet
         self._recorder = recorder
         self._manifest = manifest
-        self._image_shape = image_shape
         self._config = config
         self._current: Planned | None = None
         self._arrival = (np.zeros(0), np.zeros(0))  # of the current batch: ordered and accepted by class
@@ -56,7 +54,7 @@ class Delivery:
     def take(self, n: int, waited: float = 0.0) -> SynthBatch:
         """n images, fewer only under `starved: real`. waited: seconds that the caller already waited for them."""
         began, queues = time.monotonic(), self._dispatch.queues()
-        call = _Call(SynthBatch.empty(n, self._image_shape), waited=waited)
+        call = _Call(SynthBatch.around(self._fleet.new_images(n)), waited=waited)
         self._fill(call)
         if self._current is not None and self._current.offset == self._dispatch.slot(self._current).count:
             self._consume(self._current)
@@ -178,4 +176,5 @@ class Delivery:
     def _new_recent(self) -> Recent | None:
         if self._config.starved != "reuse":
             return None
-        return Recent(self._config.in_flight * self._config.batch_size, self._image_shape, self._config.max_reuse)
+        room = self._fleet.new_images(self._config.in_flight * self._config.batch_size)
+        return Recent(room, self._config.max_reuse)

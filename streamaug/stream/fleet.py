@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from streamaug.config import StreamConfig
 from streamaug.errors import StreamaugError
 from streamaug.orders import OrderBatch
@@ -129,11 +127,7 @@ class Fleet:
         """Room for n images where the trainer takes them: a uint8 array or tensor [n, C, H, W], to which
         `Slot.copy_images` copies."""
         shape = (n, *self.layout.image_shape)
-        if not self.placement.sides.trainer_on_gpu:
-            return np.empty(shape, np.uint8)
-        import torch
-
-        return torch.empty(shape, dtype=torch.uint8, device=self.placement.sides.trainer)
+        return self.placement.new_images(shape)
 
     def skip_to(self, at: int, number: int) -> None:
         lane = self._watches[at].lane

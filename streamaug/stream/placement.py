@@ -5,7 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from streamaug.config import StreamConfig
 from streamaug.errors import UsageError, nearest
@@ -49,6 +51,8 @@ class Placement:
         uses_cuda = work.device != "cpu" or trainer != "cpu"
         self._cuda = connect() if uses_cuda else None
         self._config = config
+        if trainer != "cpu" and self._cuda is not None and not self._cuda.count():
+            raise UsageError(f"stream.deliver_on is {trainer}, but torch finds no usable GPU; cpu works")
         chosen = _dealt_out(config.devices, work.device, backend, config.producers, self._cuda)
         self.sides = Sides(backend, chosen, trainer)
         self.kind = choose(config.memory, self.sides, self._cuda)
@@ -94,6 +98,12 @@ class Placement:
             here = self.sides.trainer if self.sides.trainer_on_gpu else producer
             return PinnedImages(block, here, required=self._config.memory == "pinned")
         return None
+
+    def new_images(self, shape: tuple[int, ...]) -> Any:
+        """Room for images where the trainer takes them: a uint8 array, or a tensor on its GPU."""
+        if self._cuda is None or not self.sides.trainer_on_gpu:
+            return np.empty(shape, np.uint8)
+        return self._cuda.empty(self._cuda.index(self.sides.trainer), shape)
 
     def __str__(self) -> str:
         where = {

@@ -57,7 +57,7 @@ def images_of(batch: SynthBatch) -> list[Image]:
             int(batch.rows[i]),
             int(batch.starts[i]),
             float(batch.scores[i]),
-            batch.images[i].tobytes(),
+            np.asarray(batch.images[i]).tobytes(),
         )
         for i in range(len(batch))
     ]

@@ -103,14 +103,15 @@ class Stream:
         slots = -(-config.in_flight // config.producers)
         layout = Layout(planner.batch_size, self.image_shape, slots)
         environment = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-        work = Work(engine, engine_options, planner.seed, config.threads, config.nice, environment)
-        self._fleet = Fleet(config, _backend(config, device), layout, self._identity.judge_nbytes, work)
+        work = Work(engine, engine_options, planner.seed, config.threads, config.nice, environment, device)
+        backend = _backend(config, device)
+        self._fleet = Fleet(
+            config, backend, layout, self._identity.judge_nbytes, work, trainer_device=config.deliver_on
+        )
         self._manifest = self._open_manifest(engine, engine_options, plan_extra, device)
         self._recorder = Recorder(self.class_names, config.producers)
         self._dispatch = Dispatch(self._fleet, self._plan, self._recorder, config)
-        self._delivery = Delivery(
-            self._plan, self._dispatch, self._fleet, self._recorder, self._manifest, image_shape, config
-        )
+        self._delivery = Delivery(self._plan, self._dispatch, self._fleet, self._recorder, self._manifest, config)
         self._reporter = Reporter(self._fleet, self._plan, self._dispatch, self._recorder)
         self._started = False
         self._taking = threading.RLock()
@@ -361,7 +362,7 @@ def _backend(config: StreamConfig, device: str) -> str:
     """`auto` is local where trainer and producer share one GPU, else process."""
     if config.backend != "auto":
         return config.backend
-    if device == "cpu":
+    if device == "cpu" or config.devices:
         return "process"
     import torch
 

@@ -43,7 +43,7 @@ class FakeStream:
             n = min(n, self.available)
         ids = np.arange(self.next_id, self.next_id + n)
         self.next_id += n
-        batch = SynthBatch.empty(n, self.image_shape)
+        batch = SynthBatch.around(np.empty((n, *self.image_shape), np.uint8))
         batch.ids[:] = ids
         batch.images[:] = (ids % 200 + 50).astype(np.uint8)[:, None, None, None]
         batch.images[:, :, :, 5:7] = 0

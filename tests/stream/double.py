@@ -113,6 +113,13 @@ class DoubleCuda:
 
         return torch.from_numpy(flat.reshape(shape))
 
+    def empty(self, index: int, shape: tuple[int, ...]) -> Any:
+        if not self.machine["tensors"]:
+            return np.empty(shape, np.uint8)
+        import torch
+
+        return torch.empty(shape, dtype=torch.uint8)
+
     def register(self, address: int, nbytes: int) -> None:
         self._log("register", nbytes)
 

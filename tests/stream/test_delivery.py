@@ -99,11 +99,11 @@ def test_reuse_serves_recent_images_instead_of_waiting_and_counts_them():
 
 
 def test_recent_images_are_served_least_used_and_newest_first():
-    recent = Recent(4, (1, 1, 1), max_reuse=2)
-    batch = SynthBatch.empty(6, (1, 1, 1))
+    recent = Recent(np.empty((4, 1, 1, 1), np.uint8), max_reuse=2)
+    batch = SynthBatch.around(np.empty((6, 1, 1, 1), np.uint8))
     batch.ids[:] = np.arange(6)
     recent.add(batch)
-    out = SynthBatch.empty(10, (1, 1, 1))
+    out = SynthBatch.around(np.empty((10, 1, 1, 1), np.uint8))
     assert recent.serve(out, 0, 3) == 3
     assert list(out.ids[:3]) == [5, 4, 3]
     assert recent.serve(out, 0, 10) == 4

@@ -150,6 +150,28 @@ def test_slots_in_a_gpus_memory_are_shared_once_and_bring_the_same_images(tensor
     assert not list(machine.glob("memory-*"))
 
 
+@pytest.mark.parametrize("starved", ["wait", "reuse"])
+def test_images_are_handed_out_on_the_gpu_that_is_asked_for(starved, machine):
+    lay_out(machine, tensors=True)
+    with make_stream(backend="local", deliver_on="cuda:0", starved=starved, max_reuse=1000) as one:
+        batches = [one.take(20) for _ in range(4)]
+    seen = {}
+    for batch in batches:
+        assert isinstance(batch.images, torch.Tensor) and batch.images.dtype == torch.uint8
+        for number, image in zip(batch.ids.tolist(), batch.images, strict=True):
+            assert seen.setdefault(number, image.clone()).equal(image)
+    with make_stream(backend="local") as one:
+        known = one.take(80)
+    same = dict(zip(known.ids.tolist(), known.images, strict=True))
+    assert len(seen) > 7 and all((image.numpy() == same[number]).all() for number, image in seen.items())
+
+
+def test_images_are_not_handed_out_on_a_gpu_that_is_not_there(machine):
+    lay_out(machine, gpus=0)
+    with pytest.raises(UsageError, match=r"stream.deliver_on is cuda, but torch finds no usable GPU; cpu works"):
+        make_stream(deliver_on="cuda")
+
+
 def undisturbed_on_the_cpu(takes, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "Fleet", Fleet)
@@ -505,6 +527,16 @@ def test_a_gpu_brings_every_image_through_every_kind_of_memory(backend, memory, 
             assert out.is_cuda and (slot.ids == order.images["id"]).all()
             seen += len(out)
     assert seen == 320
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("starved", ["wait", "reuse"])
+def test_take_hands_out_images_on_a_gpu(starved, on):
+    on("cuda", "cuda:0")
+    with make_stream(engine=f"{__name__}:build_on_gpu", starved=starved, deliver_on="cuda") as one:
+        for _ in range(20):
+            batch = one.take(12)
+            assert batch.images.is_cuda and (batch.images[:, 0, 0, 0].cpu().numpy() == batch.ids % 251).all()
 
 
 @pytest.mark.gpu
