@@ -18,9 +18,8 @@ import typer
 
 from streamaug.config import Config
 from streamaug.errors import ModelError
-from streamaug.stream import memory
-from streamaug.stream.memory import human
-from streamaug.stream.ring import Layout, Mailboxes
+from streamaug.stream.ring import Layout, Mailboxes, memory
+from streamaug.stream.ring.memory import human
 
 MIN_FREE_DISK_BYTES = 1_000_000_000
 

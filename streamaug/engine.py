@@ -40,10 +40,10 @@ from streamaug.sampling.memory import (
 from streamaug.sampling.residence import Residence, Rows
 from streamaug.sampling.sampler import Sampler
 from streamaug.sampling.solvers.schedulers import configured, make_scheduler, setting
-from streamaug.stream.memory import available, human
+from streamaug.stream.ring.memory import available, human
 
 if TYPE_CHECKING:
-    from streamaug.stream.emission import Emission
+    from streamaug.stream.ring.emission import Emission
 
 log = logging.getLogger("streamaug")
 
@@ -271,7 +271,7 @@ class Engine:
 
     def _emission(self, order: OrderBatch, parts: Sequence["_Part"], slot: Any) -> "Emission":
         """All parts in one: where one part's images end is known to the device alone."""
-        from streamaug.stream.emission import Emission
+        from streamaug.stream.ring.emission import Emission
 
         whole = parts[0]
         if len(parts) > 1:

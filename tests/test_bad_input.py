@@ -466,7 +466,7 @@ def test_an_output_file_that_cannot_be_written_is_named_and_the_old_one_stays(tm
 
 
 def test_a_machine_without_dev_shm_says_so(monkeypatch, tmp_path: Path) -> None:
-    from streamaug.stream import memory
+    from streamaug.stream.ring import memory
 
     monkeypatch.setattr(memory, "SHM_FOLDER", str(tmp_path / "shm"))
     with pytest.raises(MemoryTooSmall, match=r"which does not exist.*stream.memory: memfd"):

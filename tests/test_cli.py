@@ -261,7 +261,7 @@ def test_doctor_fails_with_what_to_do_about_each_thing_that_is_wrong(tmp_path: P
 def test_doctor_knows_a_machine_without_shared_memory_and_gpu(monkeypatch, tmp_path: Path) -> None:
     import torch
 
-    from streamaug.stream import memory
+    from streamaug.stream.ring import memory
 
     monkeypatch.setattr(memory, "SHM_FOLDER", str(tmp_path / "shm"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

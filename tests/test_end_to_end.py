@@ -59,7 +59,7 @@ def producers_of(pid: int) -> list[int]:
         command = Path(f"/proc/{child}/cmdline").read_bytes()
         if b"streamaug.stream.producer" in command:
             found.append(child)
-        elif b"streamaug.stream.forkserver" in command:
+        elif b"streamaug.stream.producers.forkserver" in command:
             found += children_of(child)  # its copies
     return found
 

@@ -11,10 +11,10 @@ from streamaug.config import StreamConfig
 from streamaug.errors import EverythingRejected, StreamaugError
 from streamaug.stream.batch import Recent, SynthBatch
 from streamaug.stream.dispatch import Dispatch
-from streamaug.stream.fleet import Fleet
 from streamaug.stream.manifest import ManifestWriter
 from streamaug.stream.plan import Plan, Planned
-from streamaug.stream.recorder import Recorder
+from streamaug.stream.producers.fleet import Fleet
+from streamaug.stream.rates.recorder import Recorder
 
 NAP_SECONDS = 0.1  # what a lost wake-up costs at most
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from streamaug.config import StreamConfig
-from streamaug.stream.fleet import Fleet
 from streamaug.stream.plan import Plan, Planned
-from streamaug.stream.recorder import Recorder
+from streamaug.stream.producers.fleet import Fleet
+from streamaug.stream.rates.recorder import Recorder
 from streamaug.stream.ring import Slot
 
 

@@ -8,7 +8,7 @@ from streamaug.orders import OrderBatch
 from streamaug.stream.ring import Slot
 
 if TYPE_CHECKING:
-    from streamaug.stream.emission import Emission
+    from streamaug.stream.ring.emission import Emission
 
 
 class Engine(Protocol):

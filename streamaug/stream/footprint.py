@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamaug.errors import StreamaugError
-from streamaug.stream.memory import NAME_PREFIX, SHM_FOLDER
+from streamaug.stream.ring.memory import NAME_PREFIX, SHM_FOLDER
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from streamaug.orders import REASONS, OrderBatch
-from streamaug.stream import cuda, faults
-from streamaug.stream.emission import Emission
+from streamaug.stream import faults
 from streamaug.stream.engine import Abandoned, Engine
 from streamaug.stream.faults import fault
-from streamaug.stream.memory import Memory
-from streamaug.stream.pixels import attach
-from streamaug.stream.ring import STAGES, Layout, Mailboxes, Ring
+from streamaug.stream.ring import STAGES, Layout, Mailboxes, Ring, cuda
+from streamaug.stream.ring.emission import Emission
+from streamaug.stream.ring.memory import Memory
+from streamaug.stream.ring.pixels import attach
 
 IDLE_SECONDS = 0.25  # what a lost wake-up costs at most
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the trainer logs such lines again, at their level

@@ -16,19 +16,19 @@ from streamaug.config import Config, LoaderConfig, StreamConfig
 from streamaug.errors import StreamaugError, UsageError
 from streamaug.orders import Planner
 from streamaug.stream import arrays
-from streamaug.stream.backends import Work
 from streamaug.stream.batch import SynthBatch
 from streamaug.stream.delivery import Delivery
 from streamaug.stream.dispatch import Dispatch
-from streamaug.stream.fleet import Fleet
 from streamaug.stream.manifest import ManifestWriter
 from streamaug.stream.plan import Plan
 from streamaug.stream.position import Identity, Position
+from streamaug.stream.producers.backends import Work
+from streamaug.stream.producers.fleet import Fleet
 from streamaug.stream.ranks import own_rank
-from streamaug.stream.recorder import Recorder
-from streamaug.stream.reporter import Reporter
+from streamaug.stream.rates.recorder import Recorder
+from streamaug.stream.rates.reporter import Reporter
+from streamaug.stream.rates.stats import StreamStats
 from streamaug.stream.ring import Layout
-from streamaug.stream.stats import StreamStats
 
 if TYPE_CHECKING:
     from streamaug.preparation import Prepared

@@ -27,8 +27,8 @@ import numpy as np
 
 from streamaug.errors import ProducerError
 from streamaug.stream.footprint import Footprint, footprint, memory_mb, running, until
-from streamaug.stream.memory import SHM_FOLDER
 from streamaug.stream.rehearsal import Image, images_of, make_stream
+from streamaug.stream.ring.memory import SHM_FOLDER
 from streamaug.stream.stream import Stream
 
 KINDS = ("fixed judge", "feedback", "live judge")

@@ -11,7 +11,7 @@ from sampling.denoisers.tiny.stable_diffusion import build
 from streamaug import config, engine
 from streamaug.preparation import prepare
 from streamaug.sampling.denoisers import base
-from streamaug.stream import emission
+from streamaug.stream.ring import emission
 
 SIZE = 7
 

@@ -1,4 +1,4 @@
-"""A double of `streamaug.stream.cuda.Cuda`, GPUs whose memory is files that processes share, and an engine for it.
+"""A double of `streamaug.stream.ring.cuda.Cuda`, GPUs whose memory is files that processes share, and an engine for it.
 
 STREAMAUG_DOUBLE names the folder. `gpus.json` in it says what there is; `calls` is what was asked of it, by whom.
 Images are arrays unless `tensors` is set: importing torch takes a producer seconds.
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from streamaug.orders import OrderBatch
-from streamaug.stream.cuda import CudaError
-from streamaug.stream.emission import Emission
 from streamaug.stream.hashing import HashEngine
 from streamaug.stream.ring import Slot
+from streamaug.stream.ring.cuda import CudaError
+from streamaug.stream.ring.emission import Emission
 
 UUIDS = ["11111111-aaaa", "22222222-bbbb", "33333333-cccc"]
 

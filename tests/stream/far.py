@@ -4,6 +4,7 @@
 standard input and writes batches to its standard output.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -19,10 +20,10 @@ from dataclasses import asdict
 import numpy as np
 
 from streamaug.orders import OrderBatch
-from streamaug.stream.backends import Lane, Work
-from streamaug.stream.memory import Memory
 from streamaug.stream.producer import build_engine, hint, serve, wait
+from streamaug.stream.producers.backends import Lane, Work
 from streamaug.stream.ring import FAILED, READY, STAGES, Layout, Mailboxes, Ring, Slot
+from streamaug.stream.ring.memory import Memory
 
 FRAME = struct.Struct("<Bqq")  # kind, number, bytes that follow
 START, ORDER, JUDGE, SKIP = range(4)  # down
@@ -110,7 +111,8 @@ class PipeProducer:
         )
         work = {"engine": self._work.engine, "options": self._work.options}
         shape = {"layout": asdict(self._lane.layout), "mailboxes": self._lane.mailboxes_shape}
-        send(self._process.stdin, START, contents=json.dumps(work | shape).encode())
+        with contextlib.suppress(BrokenPipeError):  # its death is noticed elsewhere
+            send(self._process.stdin, START, contents=json.dumps(work | shape).encode())
         self.thread = threading.Thread(target=self._relay, args=(self._process,), daemon=True)
         self.thread.start()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streamaug.stream.backends import Work
+from streamaug.stream.producers.backends import Work
 
 from .fakes import listed, make_stream
 

@@ -16,10 +16,10 @@ import pytest
 
 import streamaug.stream
 from streamaug.errors import MemoryTooSmall, StreamaugError
-from streamaug.stream import memory
 from streamaug.stream.footprint import children, footprint
 from streamaug.stream.hashing import wild_clock
-from streamaug.stream.memory import NAME_PREFIX
+from streamaug.stream.ring import memory
+from streamaug.stream.ring.memory import NAME_PREFIX
 
 from .fakes import listed, make_stream, running, undisturbed, until
 
@@ -173,7 +173,7 @@ def test_no_source_of_the_stream_reads_the_wall_clock():
 
 NAMED = """
 import os, signal, sys, tempfile, time
-from streamaug.stream import memory
+from streamaug.stream.ring import memory
 del os.O_TMPFILE
 unlink = os.unlink
 def at_unlink(path, **options):
@@ -218,7 +218,7 @@ def test_a_name_that_a_killed_process_left_is_removed_at_the_next_start_and_a_li
 @pytest.mark.parametrize("kind", ["memfd", "shm", "file"])
 def test_a_process_killed_while_it_makes_a_block_without_a_name_leaves_nothing(kind, tmp_path):
     code = (
-        "import os, signal, tempfile\nfrom streamaug.stream import memory\n"
+        "import os, signal, tempfile\nfrom streamaug.stream.ring import memory\n"
         f"memory.SHM_FOLDER = tempfile.tempdir = {str(tmp_path)!r}\n"
         "os.ftruncate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"memory.Memory.create({kind!r}, 5000)"

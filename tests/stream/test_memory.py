@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from streamaug.errors import MemoryTooSmall, StreamaugError
-from streamaug.stream import memory
-from streamaug.stream.memory import Memory
+from streamaug.stream.ring import memory
+from streamaug.stream.ring.memory import Memory
 
 from .fakes import listed, make_stream, undisturbed
 
@@ -49,7 +49,7 @@ def test_a_small_dev_shm_is_refused_although_there_is_memory(monkeypatch):
 
 def test_a_limited_process_gets_an_error_it_can_read():
     code = (
-        "import resource, streamaug.stream.memory as memory\n"
+        "import resource, streamaug.stream.ring.memory as memory\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n    memory.Memory.create('memfd', 10**6)\n"
         "except memory.MemoryTooSmall as error:\n    print(error)"

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from streamaug.config import Config, LoaderConfig, StreamConfig
-from streamaug.stream.advice import Generator, announcement, remedies, verdict
-from streamaug.stream.pace import Demand, Pace
 from streamaug.stream.plan import Plan
-from streamaug.stream.recorder import Recorder
+from streamaug.stream.rates.advice import Generator, announcement, remedies, verdict
+from streamaug.stream.rates.pace import Demand, Pace
+from streamaug.stream.rates.recorder import Recorder
 
 from .fakes import make_planner, make_stream
 

@@ -16,17 +16,17 @@ import torch
 
 from streamaug.config import StreamConfig
 from streamaug.errors import MemoryTooSmall, ProducerError, StreamaugError, UsageError
-from streamaug.stream import cuda, stream
-from streamaug.stream.backends import Work
-from streamaug.stream.cuda import Cuda, CudaError
-from streamaug.stream.emission import Emission
-from streamaug.stream.fleet import Fleet
+from streamaug.stream import stream
 from streamaug.stream.footprint import children
-from streamaug.stream.memory import Memory
-from streamaug.stream.pixels import DeviceImages
-from streamaug.stream.placement import Placement, Sides, choose
 from streamaug.stream.producer import serve
-from streamaug.stream.ring import FAILED, Layout, Ring
+from streamaug.stream.producers.backends import Work
+from streamaug.stream.producers.fleet import Fleet
+from streamaug.stream.producers.placement import Placement, Sides, choose
+from streamaug.stream.ring import FAILED, Layout, Ring, cuda
+from streamaug.stream.ring.cuda import Cuda, CudaError
+from streamaug.stream.ring.emission import Emission
+from streamaug.stream.ring.memory import Memory
+from streamaug.stream.ring.pixels import DeviceImages
 
 from .double import UUIDS, DoubleCuda, DoubleEvent, calls, lay_out
 from .fakes import IMAGE_SHAPE, images_of, listed, make_planner, make_stream, undisturbed, until

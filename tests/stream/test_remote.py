@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from streamaug.errors import ProducerError
-from streamaug.stream import fleet
 from streamaug.stream.footprint import footprint
+from streamaug.stream.producers import fleet
 
 from .fakes import images_of, listed, make_stream, undisturbed, until
 from .far import PipeProducer

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamaug.stream.memory import Memory
 from streamaug.stream.ring import FAILED, Layout, Mailboxes, Ring
+from streamaug.stream.ring.memory import Memory
 
 from .fakes import IMAGE_SHAPE, make_planner
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from streamaug.errors import ProducerError, UsageError
-from streamaug.stream import backends
 from streamaug.stream.footprint import children, footprint
-from streamaug.stream.processes import Output
-from streamaug.stream.starting import Starter, start_method
+from streamaug.stream.producers import backends
+from streamaug.stream.producers.processes import Output
+from streamaug.stream.producers.starting import Starter, start_method
 
 from . import fakes
 from .fakes import listed, make_stream, running, undisturbed, until

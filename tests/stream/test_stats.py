@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from streamaug.stream.recorder import Recorder
+from streamaug.stream.rates.recorder import Recorder
 from streamaug.stream.ring import STAGES
 
 from .fakes import listed, make_planner, make_stream, until

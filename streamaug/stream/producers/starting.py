@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from streamaug.errors import UsageError
-from streamaug.stream.copies import Forked, ForkServer
-from streamaug.stream.processes import Child, Output, Spawned, sys_path
+from streamaug.stream.producers.copies import Forked, ForkServer
+from streamaug.stream.producers.processes import Child, Output, Spawned, sys_path
 
 StartMethod = Literal["spawn", "forkserver", "forkserver if safe"]
 

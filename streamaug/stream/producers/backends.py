@@ -27,14 +27,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from streamaug.stream import cuda
 from streamaug.stream.engine import Engine
-from streamaug.stream.memory import Memory
-from streamaug.stream.pixels import Images
-from streamaug.stream.processes import Child, Output
 from streamaug.stream.producer import behind_the_trainer, build_engine, serve
-from streamaug.stream.ring import Layout, Mailboxes, Ring
-from streamaug.stream.starting import Starter
+from streamaug.stream.producers.processes import Child, Output
+from streamaug.stream.producers.starting import Starter
+from streamaug.stream.ring import Layout, Mailboxes, Ring, cuda
+from streamaug.stream.ring.memory import Memory
+from streamaug.stream.ring.pixels import Images
 
 _LEAVE_SECONDS = 0.5  # what a producer gets to leave by itself
 _DIE_SECONDS = 5.0  # a killed process that the system cannot end sooner (it waits for a device) is left behind
@@ -246,6 +245,6 @@ def _environment(work: Work) -> dict[str, str]:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(work.threads)
     environment["PYTHONHASHSEED"] = str(work.seed % 2**32)  # the order of sets may decide an order of additions
-    package = str(Path(__file__).resolve().parents[2])
+    package = str(Path(__file__).resolve().parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     return environment

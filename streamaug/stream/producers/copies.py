@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamaug.errors import UsageError
-from streamaug.stream.forkserver import DESCRIPTORS, MESSAGE_NBYTES
-from streamaug.stream.processes import Output, Spawned, start, sys_path
+from streamaug.stream.producers.forkserver import DESCRIPTORS, MESSAGE_NBYTES
+from streamaug.stream.producers.processes import Output, Spawned, start, sys_path
 
 log = logging.getLogger("streamaug")
 
@@ -23,7 +23,7 @@ _KILLED = -int(signal.SIGKILL)
 
 
 class ForkServer:
-    """The trainer's end of `streamaug.stream.forkserver`: one process for one environment."""
+    """The trainer's end of `streamaug.stream.producers.forkserver`: one process for one environment."""
 
     def __init__(self, module: str, environment: Mapping[str, str]):
         self.environment = dict(environment)
@@ -38,7 +38,9 @@ class ForkServer:
             self._control.setblocking(False)
             spec = {"module": module, "socket": theirs.fileno(), "trainer_pid": os.getpid(), "sys_path": sys_path()}
             with theirs:
-                self._process = start("forkserver", spec, [theirs.fileno()], environment, self.output)
+                self._process = start(
+                    "streamaug.stream.producers.forkserver", spec, [theirs.fileno()], environment, self.output
+                )
             undo.pop_all()
         self.output.close_writer()
 

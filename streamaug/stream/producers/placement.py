@@ -11,12 +11,11 @@ import numpy as np
 
 from streamaug.config import StreamConfig
 from streamaug.errors import UsageError, nearest
-from streamaug.stream import memory
-from streamaug.stream.backends import Work
-from streamaug.stream.cuda import Cuda, connect
-from streamaug.stream.memory import Memory
-from streamaug.stream.pixels import DeviceImages, Images, PinnedImages, require, slot_nbytes
-from streamaug.stream.ring import Layout
+from streamaug.stream.producers.backends import Work
+from streamaug.stream.ring import Layout, memory
+from streamaug.stream.ring.cuda import Cuda, connect
+from streamaug.stream.ring.memory import Memory
+from streamaug.stream.ring.pixels import DeviceImages, Images, PinnedImages, require, slot_nbytes
 
 log = logging.getLogger("streamaug")
 

@@ -100,7 +100,9 @@ class Spawned:
     """`python -m streamaug.stream.producer`, in a session of its own: a terminal's Ctrl-C is for the trainer."""
 
     def __init__(self, spec: Mapping[str, Any], fds: Mapping[str, int], environment: Mapping[str, str], output: Output):
-        self._process = start("producer", {**spec, "fds": dict(fds)}, fds.values(), environment, output)
+        self._process = start(
+            "streamaug.stream.producer", {**spec, "fds": dict(fds)}, fds.values(), environment, output
+        )
         self._pidfd: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # without it, the keeper looks at intervals
             self._pidfd = os.pidfd_open(self._process.pid)
@@ -132,9 +134,9 @@ class Spawned:
 def start(
     module: str, spec: Mapping[str, Any], fds: Iterable[int], environment: Mapping[str, str], output: Output
 ) -> subprocess.Popen:
-    """`python -m streamaug.stream.MODULE` with the spec as JSON on its standard input, in a session of its own."""
+    """`python -m MODULE` with the spec as JSON on its standard input, in a session of its own."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", f"streamaug.stream.{module}"],
+        [sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE,
         stdout=output.writer,
         stderr=output.writer,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from streamaug import errors
 from streamaug.config import StreamConfig
 from streamaug.errors import ProducerError, StreamaugError, UsageError
-from streamaug.stream.backends import Lane, Producer
 from streamaug.stream.producer import hint
+from streamaug.stream.producers.backends import Lane, Producer
 from streamaug.stream.ring import FAILED, READY, STARTING, Ring
 
 log = logging.getLogger("streamaug")

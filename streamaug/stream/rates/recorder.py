@@ -6,9 +6,9 @@ from collections import deque
 import numpy as np
 
 from streamaug.orders import REASONS, OrderBatch
-from streamaug.stream.pace import Demand, Pace
+from streamaug.stream.rates.pace import Demand, Pace
+from streamaug.stream.rates.stats import StageStats, StreamStats
 from streamaug.stream.ring import STAGES, Slot
-from streamaug.stream.stats import StageStats, StreamStats
 
 _SAMPLE = STAGES.index("sample")
 _TRAINERS = ("plan", "collect")  # the stages on the trainer's side

@@ -7,13 +7,13 @@ import time
 from contextlib import suppress
 
 from streamaug.errors import StreamaugError
-from streamaug.stream.advice import Generator, announcement, verdict
 from streamaug.stream.delivery import NAP_SECONDS
 from streamaug.stream.dispatch import Dispatch
-from streamaug.stream.fleet import Fleet
 from streamaug.stream.plan import Plan
-from streamaug.stream.recorder import Recorder
-from streamaug.stream.stats import StreamStats
+from streamaug.stream.producers.fleet import Fleet
+from streamaug.stream.rates.advice import Generator, announcement, verdict
+from streamaug.stream.rates.recorder import Recorder
+from streamaug.stream.rates.stats import StreamStats
 
 log = logging.getLogger("streamaug")
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from streamaug.errors import MemoryTooSmall, StreamaugError, UsageError
-from streamaug.stream.cuda import Cuda, CudaError, Event, connect
-from streamaug.stream.memory import Memory, human
+from streamaug.stream.ring.cuda import Cuda, CudaError, Event, connect
+from streamaug.stream.ring.memory import Memory, human
 
 log = logging.getLogger("streamaug")
 

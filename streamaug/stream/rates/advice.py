@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamaug.config import Config, ModelConfig, Recipe, StreamConfig
-from streamaug.stream.pace import Pace
+from streamaug.stream.rates.pace import Pace
 
 _RATIOS = (0.5, 0.25, 0.1)  # shown beside the one that was asked for
 _FEWEST_STEPS = 4  # of a solver that is not made for fewer

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamaug.orders import OrderBatch
-from streamaug.stream.memory import Memory
+from streamaug.stream.ring.memory import Memory
 
 if TYPE_CHECKING:
-    from streamaug.stream.cuda import Event
-    from streamaug.stream.pixels import Images
+    from streamaug.stream.ring.cuda import Event
+    from streamaug.stream.ring.pixels import Images
 
 STAGES = ("perturb", "sample", "decode", "judge", "emit")
 STARTING, READY, FAILED = range(3)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from streamaug.orders import OrderBatch
-from streamaug.stream.cuda import Event, connect
 from streamaug.stream.ring import Slot
+from streamaug.stream.ring.cuda import Event, connect
 
 
 class Emission:

@@ -12,14 +12,13 @@ from typing import Any
 from streamaug.config import StreamConfig
 from streamaug.errors import StreamaugError
 from streamaug.orders import OrderBatch
-from streamaug.stream import memory
-from streamaug.stream.backends import Lane, ProcessProducer, Producer, ThreadProducer, Work
-from streamaug.stream.keeper import Keeper, Watch, remote_error
-from streamaug.stream.memory import Memory
-from streamaug.stream.placement import Placement
 from streamaug.stream.producer import hint, wait
-from streamaug.stream.ring import FAILED, Layout, Mailboxes, Ring
-from streamaug.stream.starting import Starter, start_method
+from streamaug.stream.producers.backends import Lane, ProcessProducer, Producer, ThreadProducer, Work
+from streamaug.stream.producers.keeper import Keeper, Watch, remote_error
+from streamaug.stream.producers.placement import Placement
+from streamaug.stream.producers.starting import Starter, start_method
+from streamaug.stream.ring import FAILED, Layout, Mailboxes, Ring, memory
+from streamaug.stream.ring.memory import Memory
 
 log = logging.getLogger("streamaug")
 

@@ -1,0 +1,1 @@
+"""What is counted while a stream runs, and what is said of it."""
