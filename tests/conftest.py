@@ -1,5 +1,6 @@
 """Shared by all tests: a small generator on disk, and nothing of the user's own cache."""
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -36,6 +37,16 @@ _LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was():
+    """The command line sets the log's level and handlers for its process, which here is that of the next tests too."""
+    log = logging.getLogger("streamaug")
+    level, handlers, propagate = log.level, log.handlers[:], log.propagate
+    yield
+    log.setLevel(level)
+    log.handlers[:], log.propagate = handlers, propagate
 
 
 @pytest.fixture(scope="session")
