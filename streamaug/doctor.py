@@ -214,7 +214,7 @@ def _ring(config: Config) -> Iterator[Check]:
     stream = config.stream
     slots = math.ceil(stream.in_flight / stream.producers)
     ring_nbytes = Layout(stream.batch_size, _image_shape(config), slots).nbytes
-    needed = stream.producers * ring_nbytes + Mailboxes.nbytes(stream.in_flight + 2, _judge_nbytes(config))
+    needed = stream.producers * ring_nbytes + Mailboxes.nbytes(stream.producers * slots + 2, _judge_nbytes(config))
     there = memory.available(kind)
     found = f"{human(needed)} needed, {human(there)} free ({kind})"
     if needed <= there:

@@ -74,13 +74,15 @@ def check_mixed(
         )
 
 
-def check_synthetic_only(ratio_given: bool, epoch_steps: int | None, config: StreamConfig) -> None:
-    """Of a loader without real images."""
+def check_synthetic_only(ratio_given: bool, epoch_steps: int | None, size: int, config: StreamConfig) -> None:
+    """Of a loader without real images, with `size` images per batch."""
     if not isinstance(epoch_steps, int) or epoch_steps < 1:
         raise UsageError(
             "without a real loader the epoch has no end: StreamLoader(None, stream, "
             f"epoch_steps=1000), got epoch_steps={epoch_steps!r}"
         )
+    if size < 1:
+        raise UsageError(f"batch_size is a number of images from 1, got {size}")
     if ratio_given:
         raise UsageError("without a real loader every image is synthetic: leave ratio out")
     if config.starved == "real":

@@ -213,6 +213,8 @@ def _is_number(value: Any) -> bool:
 def _conversion(fields: Mapping[Key, Any]) -> str:
     """How to make tensors of what is none, where that may be what is missing."""
     if all(isinstance(value, Mapping) for value in fields.values()):
+        if len(fields) == 1:
+            return " (of a DALI iterator: sa.DALIStreamLoader(pipeline, stream) takes its pipeline)"
         return " (samples: torch.utils.data.default_collate makes a batch of them)"
     if any(isinstance(value, np.ndarray) for value in fields.values()):
         return " (arrays: torch.from_numpy in the collate_fn)"

@@ -153,9 +153,12 @@ class Composer:
     def _filled(self, key: Key, synthetic: "SynthBatch", like: Any) -> Any:
         assert self.options.fill is not None
         values = self.options.fill(key, synthetic)
-        if len(values) != len(synthetic.ids):
+        given, needed = len(values) if hasattr(values, "__len__") else None, len(synthetic.ids)
+        if given != needed:
+            what = f"a {type(values).__name__}" if given is None else f"{given} values"
             raise MismatchError(
-                f"fill={self.options.fill!r} gave {len(values)} values of {key!r} for {len(synthetic.ids)}"
+                f"fill={self.options.fill!r} gave {what} for field {key!r}; needed is a tensor or list of {needed}, "
+                "one for each synthetic image"
             )
         if isinstance(like, torch.Tensor):
             return torch.as_tensor(values, dtype=like.dtype, device=like.device)

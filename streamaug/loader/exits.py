@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
+
+from streamaug.stream import producer
 
 _PATIENCE_SECONDS = 2.0
 _leaving = threading.Event()
-# Files in which a thread only waits: of a queue or a semaphore, or of producers.
-_RESTING = {threading.__file__, str(Path(__file__).parents[1] / "stream" / "fleet.py")}
+# Files in which a thread only waits: of a queue or a semaphore, or for producers (`producer.wait`).
+_RESTING = {threading.__file__, producer.__file__}
 
 
 def pause_if_leaving() -> None:

@@ -44,6 +44,11 @@ class Labels:
         if self.classes is None or len(real) == 0:
             return
         if real.ndim == 2:
+            if real.shape[1] == 1 < self.classes and not real.is_floating_point():
+                raise MismatchError(
+                    f"the real labels are integers {list(real.shape)}, with an axis too many: labels.squeeze(1) in the "
+                    "dataset or collate_fn makes them [n]"
+                )
             if real.shape[1] != self.classes:
                 raise MismatchError(
                     "the number of classes differs:\n"

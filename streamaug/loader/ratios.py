@@ -147,9 +147,9 @@ class Shares:
     def _resolve(self) -> None:
         if self._by_class is None or self._whole is not None:
             return
-        counts = [Fraction(float(count)).limit_denominator(10**6) for count in self._counts()]
-        total = sum(counts)
-        beside = [count / total * ratio / (1 - ratio) for count, ratio in zip(counts, self._by_class, strict=True)]
+        counts = [float(count) for count in self._counts()]
+        shares = [Fraction(count / sum(counts)).limit_denominator(10**9) for count in counts]
+        beside = [share * ratio / (1 - ratio) for share, ratio in zip(shares, self._by_class, strict=True)]
         whole = sum(beside, Fraction())
         self._whole = (whole / (1 + whole)).limit_denominator(10**9)
         self._weights = [float(one) for one in beside] if whole else None

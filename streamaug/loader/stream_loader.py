@@ -139,7 +139,7 @@ class StreamLoader:
         self._deferred: Deferred | None = None
         self._size: int = batch_size or stream.config.batch_size  # without real images
         if self._real is None:
-            arguments.check_synthetic_only(ratio is not None, epoch_steps, stream.config)
+            arguments.check_synthetic_only(ratio is not None, epoch_steps, self._size, stream.config)
         else:
             arguments.check_real_loader(real_loader)
             arguments.check_mixed(

@@ -32,7 +32,7 @@ class Converter:
     normalize: (mean, std) per channel, for pixels scaled to [0, 1], used where no transform made floats. Bytes are
     moved to the device as they are; scaling, cast and layout are one pass of the `collect` kernel there.
     real: a batch of real images; None converts to float32 in [0, 1] with nothing to agree with.
-    Raises MismatchError when the outcome does not look like the real images.
+    Raises MismatchError when the outcome does not look like the real images, UsageError for a normalize that cannot be.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class Converter:
         workers: int | None = None,
         batch_transform: Callable | None = None,
     ):
+        if normalize is not None:
+            _check_normalize(normalize)
         self.transform = transform
         self.batch_transform = batch_transform
         self.workers = workers or min(4, os.cpu_count() or 1)
@@ -185,9 +187,26 @@ def _on_cpu(images: np.ndarray | torch.Tensor) -> np.ndarray:
     return images.cpu().numpy() if isinstance(images, torch.Tensor) else images
 
 
+def _numbers(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).flatten()
+
+
+def _check_normalize(normalize: Any) -> None:
+    """Raise UsageError for what is not (mean, std), or a deviation that images cannot be divided by."""
+    try:
+        mean, std = map(_numbers, normalize)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"normalize= is (mean, std), each a number for every channel, got {normalize!r}; for ImageNet's: "
+            "((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))"
+        ) from None
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UsageError(f"normalize=(mean, std): finite numbers are needed, std above 0, got {normalize!r}")
+
+
 def _per_channel(values: Sequence[float], pixels: torch.Tensor) -> torch.Tensor:
     channels = pixels.shape[1]
-    vector = torch.as_tensor(values, dtype=torch.float32).flatten()
+    vector = _numbers(values)
     if len(vector) not in (1, channels):
         raise UsageError(
             f"normalize= has {len(vector)} values; the images have {channels} channels: give {channels}, or one"

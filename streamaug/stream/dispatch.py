@@ -49,10 +49,11 @@ class Dispatch:
         if self._fleet.mailboxes is None:
             return 0
         if version not in self._posts:
-            judges = self._plan.judges
-            self._posts = {named: post for named, post in self._posts.items() if named in judges}
+            # Of issued orders alone: more may be planned than there are mailboxes, where other ranks' were dealt out.
+            issued = {batch.order.judge_version for batch in self._plan.undelivered if batch.number >= 0}
+            self._posts = {named: post for named, post in self._posts.items() if named in issued}
             self._last_post += 1
-            self._fleet.mailboxes.write(self._last_post, judges[version], keep=set(self._posts.values()))
+            self._fleet.mailboxes.write(self._last_post, self._plan.judges[version], keep=set(self._posts.values()))
             self._posts[version] = self._last_post
         return self._posts[version]
 

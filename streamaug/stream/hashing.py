@@ -127,20 +127,6 @@ class FillEngine:
         return len(order)
 
 
-class NestedEngine(HashEngine):
-    """Takes as many images as it makes from a stream of its own, whose producer is another process."""
-
-    def __init__(self, options: dict):
-        super().__init__(options)
-        from streamaug.stream.rehearsal import make_stream
-
-        self._stream = make_stream()
-
-    def make(self, order: OrderBatch, slot: Slot) -> int:
-        self._stream.take(len(order))
-        return super().make(order, slot)
-
-
 def digest_of(image: np.void, start: int, judge: bytes) -> bytes:
     key = [int(image[name]) for name in ("id", "label", "row_a", "row_b")]
     return hashlib.sha256(repr([*key, start]).encode() + judge).digest()
@@ -162,7 +148,3 @@ def build(options: dict) -> Engine:
 
 def build_fill(options: dict) -> Engine:
     return FillEngine(options)
-
-
-def build_nested(options: dict) -> Engine:
-    return NestedEngine(options)

@@ -29,7 +29,8 @@ def redeal(states: Sequence[State], world_size: int) -> list[dict[str, Any]]:
         weights |= {str(renamed[version]): classes for version, classes in state["weights"].items()}
         for (k, plan, judge), offset in zip(state["undelivered"], state["offsets"], strict=True):
             (begun if offset else others).append(([k, renamed[str(plan)], judge], offset))
-    latest = int(first["latest_weights"]) * len(states)
+    latest = 1 + max(map(int, weights))  # above all that undelivered orders name: new versions count up from it
+    weights[str(latest)] = weights[str(int(first["latest_weights"]) * len(states))]
     end = max(state["next_k"] for state in states)
     for state in states:
         missing = range(state["next_k"], end, len(states))

@@ -3,11 +3,12 @@
 import numpy as np
 
 from streamaug.config import Recipe, StreamConfig
-from streamaug.orders import Planner, Schedule
+from streamaug.orders import OrderBatch, Planner, Schedule
 from streamaug.stream import hashing
 from streamaug.stream.batch import SynthBatch
 from streamaug.stream.hashing import build as build
 from streamaug.stream.hashing import pixels_of as pixels_of
+from streamaug.stream.ring import Slot
 from streamaug.stream.stream import Stream
 
 IMAGE_SHAPE = (1, 8, 8)
@@ -61,3 +62,19 @@ def images_of(batch: SynthBatch) -> list[Image]:
         )
         for i in range(len(batch))
     ]
+
+
+class NestedEngine(hashing.HashEngine):
+    """Takes as many images as it makes from a stream of its own, whose producer is another process."""
+
+    def __init__(self, options: dict):
+        super().__init__(options)
+        self._stream = make_stream()
+
+    def make(self, order: OrderBatch, slot: Slot) -> int:
+        self._stream.take(len(order))
+        return super().make(order, slot)
+
+
+def build_nested(options: dict) -> NestedEngine:
+    return NestedEngine(options)

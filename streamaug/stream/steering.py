@@ -84,7 +84,7 @@ def bounded(wanted: np.ndarray, base: np.ndarray, low: float, high: float) -> np
     lower, upper = low * base, high * base
     wanted = np.maximum(wanted, 1e-9 * wanted.max())
     # The sum of clip(scale * wanted, lower, upper) grows with the scale, linearly between the points at which
-    # a class # leaves its lower or reaches its upper bound: walk along these to where it is 1.
+    # a class leaves its lower or reaches its upper bound: walk along these to where it is 1.
     points = np.concatenate([lower / wanted, upper / wanted])
     order = np.argsort(points, kind="stable")
     points = points[order]

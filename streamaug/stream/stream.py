@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,9 +171,11 @@ class Stream:
         """The next n images, copied. Fewer only under `starved: real`, when no more are ready.
 
         Raises ProducerError (the producer's exception with its traceback, or its last words), a UsageError
-        that the engine raised, EverythingRejected after `max_empty` batches without an accepted image. An
-        interrupted call loses nothing: the next one delivers the same images.
+        that the engine raised or n is no number of images, EverythingRejected after `max_empty` batches without an
+        accepted image. An interrupted call loses nothing: the next one delivers the same images.
         """
+        if not isinstance(n, Integral) or n < 0:
+            raise UsageError(f"take(n): n is a number of images from 0, got {n!r}")
         self.start()
         with self._taking:
             self._fleet.check()

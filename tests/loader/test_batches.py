@@ -180,8 +180,9 @@ def test_extra_fields_are_refused_without_fill_and_filled_with_it():
                 assert weight == (0.5 if made else 1.0)
                 assert path == f"synthetic {i}" if made else path.isdigit()
                 assert row == i + 1000 if made else row < 8
-    with pytest.raises(MismatchError, match="gave 1 values of 'weight'"):
-        list(StreamLoader(batches_of(make), FakeStream(), 0.5, fill=lambda key, synthetic: [0]))
+    for value, what in (([0], "1 values"), (None, "a NoneType")):
+        with pytest.raises(MismatchError, match=f"gave {what} for field 'weight'; needed is a tensor or list of"):
+            list(StreamLoader(batches_of(make), FakeStream(), 0.5, fill=lambda key, synthetic, value=value: value))
 
 
 def test_fields_are_found_by_the_keys_given():
@@ -203,6 +204,7 @@ def test_fields_are_found_by_the_keys_given():
         (lambda x, y: (x,), "a batch without labels"),
         (lambda x, y: (x, y.float()), "a batch without labels"),
         (lambda x, y: (y, y), "no images found"),
+        (lambda x, y: [{"data": x, "label": y}], r"sa.DALIStreamLoader\(pipeline, stream\)"),
     ],
 )
 def test_a_batch_without_images_or_labels_is_refused(make, message):

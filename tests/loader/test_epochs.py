@@ -243,6 +243,7 @@ def test_classification_accuracy_score_a_classifier_of_synthetic_images_alone_kn
         ((None, FakeStream()), {}, "epoch_steps"),
         ((None, FakeStream()), {"epoch_steps": 0}, "epoch_steps"),
         ((None, FakeStream()), {"epoch_steps": 5, "ratio": 0.5}, "leave ratio out"),
+        ((None, FakeStream()), {"epoch_steps": 5, "batch_size": -1}, "batch_size is a number of images from 1, got -1"),
         ((None, FakeStream(starved="real")), {"epoch_steps": 5}, "starved"),
         (([], FakeStream()), {"epoch_steps": 5}, "leave them out"),
         ((3, FakeStream()), {}, "a loader of batches, got a int"),

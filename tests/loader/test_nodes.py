@@ -24,7 +24,7 @@ from torchdata.nodes import (
 )
 
 from streamaug.errors import MismatchError, StreamaugError, UsageError
-from streamaug.loader import Mix, StreamNode
+from streamaug.loader import Mix, StreamNode, exits
 from streamaug.loader.interleave import Share, exact
 
 from .conformance import assert_resumes_exactly, epochs_of, plain
@@ -338,6 +338,18 @@ def test_closing_the_stream_ends_a_graph_that_waits_for_it():
     stream.close()
     reader.join(5)
     assert not reader.is_alive() and "closed" in str(errors[0])
+
+
+def test_a_graphs_thread_that_waits_for_a_producer_does_not_hold_the_exit_up():
+    with streams.make_stream(engine_options={"seconds": 1.0}) as stream:
+        items = iter(graph_over(stream, prefetch=9))
+        next(items)
+        seen = []
+        for _ in range(20):
+            time.sleep(0.02)
+            seen += [exits._at_work(frame) for frame in exits._graph_threads()]
+        assert len(seen) >= 20 and sum(seen) < len(seen) / 4
+    del items
 
 
 HELD = """

@@ -338,6 +338,12 @@ def test_shares_by_class_are_exact_fractions():
     assert shares.class_weights() == [0.25, 0.1875]
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e12])
+def test_class_counts_may_have_any_scale(scale):
+    shares = Shares({"default": 0.2, "a": 0.5}, ["a", "b"], ["a", "b"], lambda: [scale, 3 * scale])
+    assert shares.at(0) == pytest.approx(7 / 23) and shares.class_weights() == [0.25, 0.1875]
+
+
 class Unlabelled(IterableDataset):
     def __iter__(self):
         return iter(Images(16))

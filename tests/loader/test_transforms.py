@@ -152,6 +152,12 @@ def test_normalised_real_images_need_normalize_and_get_it():
         next(iter(StreamLoader(real, stream, 0.5, normalize=((0.5,), (0.2,)), transform=lambda x: x / 255)))
 
 
+@pytest.mark.parametrize("normalize", [((0.5,), (0.0,)), ((float("nan"),), (1.0,)), (0.5, -1.0), 0.5, (0.5, 0.5, 0.5)])
+def test_a_normalisation_that_gives_no_numbers_is_refused(normalize):
+    with pytest.raises(UsageError, match="normalize="):
+        next(iter(StreamLoader([(torch.rand(8, 1, 8, 8), torch.arange(8))], FakeStream(), 0.5, normalize=normalize)))
+
+
 @pytest.mark.parametrize(
     ("real", "options", "what"),
     [
@@ -203,6 +209,12 @@ def test_classes_of_other_names_are_refused_unless_said_to_be_the_same():
     ):
         next(iter(StreamLoader(real, FakeStream(), 0.5)))
     next(iter(StreamLoader(real, FakeStream(), 0.5, classes=DIGITS)))
+
+
+def test_integer_labels_with_an_axis_too_many_are_refused_with_what_removes_it():
+    real = [(torch.rand(8, 1, 8, 8), torch.arange(8)[:, None])]
+    with pytest.raises(MismatchError, match=r"integers \[8, 1\], .* labels.squeeze\(1\)"):
+        list(StreamLoader(real, FakeStream(), 0.5))
 
 
 @pytest.mark.parametrize("labels", [torch.arange(8) + 3, torch.arange(8) - 1, torch.rand(8, 12)])

@@ -122,7 +122,8 @@ class PipeProducer:
         if self._process is not None:
             self.kill()
             self._process.wait()
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # what was still to be sent to it
+                self._process.stdin.close()
             self._process.stdout.close()
             self._process = None
         return False

@@ -122,7 +122,7 @@ def test_real_returns_what_is_there_and_never_waits():
         assert time.monotonic() - began < 3
         assert got >= 8 and got % 8 == 0
         stats = stream.stats()
-        assert (stats.delivered, stats.reused, stats.fresh_share) == (got, 0, 1.0)
+        assert (stats.delivered, stats.reused, stats.fresh_share, stats.stalls) == (got, 0, 1.0, 0)
 
 
 # Rejections.
@@ -245,6 +245,14 @@ def test_what_cannot_work_is_refused_at_construction():
         make_stream(rank=2, world_size=2)
     with pytest.raises(UsageError, match="engine_options must be JSON"):
         make_stream(engine_options={"path": Path("x")})
+
+
+@pytest.mark.parametrize("n", [-1, 2.5, "8", None])
+def test_what_is_no_number_of_images_is_refused_and_nothing_happened(n):
+    with make_stream(backend="local") as stream:
+        with pytest.raises(UsageError, match=f"n is a number of images from 0, got {n!r}"):
+            stream.take(n)
+        assert listed(stream, [3]) == undisturbed([3])
 
 
 def test_a_closed_stream_says_so():

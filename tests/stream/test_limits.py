@@ -250,7 +250,7 @@ def test_a_stream_opened_used_and_closed_within_another_ones_loop_disturbs_nobod
 
 
 def test_a_stream_within_a_producer_ends_with_it():
-    with make_stream(engine="streamaug.stream.hashing:build_nested") as stream:
+    with make_stream(engine="streamaug.stream.rehearsal:build_nested") as stream:
         images = listed(stream, [40])
         (pid,) = stream.producer_pids
         grandchildren = children(pid)

@@ -1,6 +1,7 @@
 """The figures of a stream: what they count, what they call the limit, and what they cost."""
 
 import json
+import re
 import statistics
 import time
 
@@ -154,6 +155,10 @@ def test_a_line_is_logged_now_and_then(monkeypatch, caplog):
     ):
         assert word in lines[-1], word
     assert lines[-1].endswith("of its time") and "the producer limits training" in lines[-1]
+    assert re.search(
+        r"\d+ rejected \(\w+ \d+, \w+ \d+; most of class \w+ \(\d+\), \w+ \(\d+\), \w+ \(\d+\)\)", lines[-1]
+    )
+    assert re.search(r"busy: plan \d+% at [\d,]+/s, ", lines[-1])
 
 
 def test_counting_costs_less_than_a_two_hundredth_of_a_step():

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from streamaug.stream.producers.processes import Output, Spawned, start, sys_pat
 log = logging.getLogger("streamaug")
 
 _REPORT_SECONDS = 1.0  # what the fork server gets to say how a copy ended that is gone
+_DIE_SECONDS = 5.0  # what it gets to end once it is killed
 _KILLED = -int(signal.SIGKILL)
 
 
@@ -94,7 +96,8 @@ class ForkServer:
 
     def close(self) -> None:
         self.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the system cannot end it sooner: it is left behind
+            self._process.wait(_DIE_SECONDS)
         self._control.close()
         self.output.close()
 

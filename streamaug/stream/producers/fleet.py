@@ -52,7 +52,7 @@ class Fleet:
         on_gpu = self.placement.sees_gpus(work)
         self._start_method = start_method(config.start_method, on_gpu=on_gpu, threads=work.threads)
         self.mailboxes: Mailboxes | None = None
-        self._mailboxes_shape = (config.in_flight + 2, judge_nbytes) if judge_nbytes else None
+        self._mailboxes_shape = (config.producers * layout.slots + 2, judge_nbytes) if judge_nbytes else None
         self._mailboxes_memory: Memory | None = None
         self._watches: list[Watch] = []
         self._starter: Starter | None = None

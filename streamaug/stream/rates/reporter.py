@@ -45,17 +45,19 @@ class Reporter:
         """
         if self._announced:
             return 0.0
-        began = time.monotonic()
+        waited = 0.0
         self._dispatch.issue()
         if self._fleet.config.starved != "real":
+            began = time.monotonic()
             self._await_second_batch()
+            waited = time.monotonic() - began
             self._dispatch.issue()  # which takes in how long batches took
         if self._recorder.rate() is not None:
             self._announced = True
             ready = (self._fleet.ready_ns - (self._recorder.started_ns or 0)) / 1e9
             rate = self._recorder.rate(self._plan.mean_evaluations()) or 0.0
             log.info("%s", announcement(ready, rate, ratio, warm=self._recorder.is_warm))
-        return time.monotonic() - began
+        return waited
 
     def _await_second_batch(self) -> None:
         """The first batch of a producer loads, compiles and allocates: how fast it is, the second one tells."""

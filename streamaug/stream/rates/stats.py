@@ -1,7 +1,10 @@
 """What a stream did, in figures."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+_LISTED = 3  # classes named in a line of the log
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,7 @@ class StreamStats:
     supply_per_second: float | None  # images that pass the judge when producers never wait; None before the first
     demand_per_second: float | None  # images that the loop would take if it never waited; None where unknown
     asked_ratio: float | None  # the loop's synthetic share; None when nobody said it
-    sustainable_ratio: (
-        float | None
-    )  # the asked one, or less where it makes the loop wait; None while one of these is unknown
+    sustainable_ratio: float | None  # the asked one, or less where it makes the loop wait; None while unknown
     ring_fill: float  # share of the orders in flight that are made and not yet taken
     time_to_first_batch_seconds: float | None
     restarts: int
@@ -60,17 +61,33 @@ class StreamStats:
 
     def line(self) -> str:
         """The figures worth a line in the log."""
-        stages = ", ".join(f"{name} {stage.busy_share:.0%}" for name, stage in self.stages.items() if stage.seconds)
-        rejected = sum(n for reasons in self.rejected.values() for n in reasons.values())
+        stages = ", ".join(
+            f"{name} {stage.busy_share:.0%} at {stage.images_per_second:,.0f}/s"
+            for name, stage in self.stages.items()
+            if stage.seconds
+        )
         return (
             f"{self.delivered:,} images delivered ({self.delivered_per_second:.0f}/s; fresh {self.fresh_share:.0%}, "
             f"reuse {self.mean_reuse:.2f}, age {self.mean_age_steps:.1f} steps, {self.mean_age_seconds:.2g} s); "
-            f"{self.made:,} made ({self.images_per_second:.0f}/s), {rejected:,} rejected, {self.dropped:,} dropped; "
+            f"{self.made:,} made ({self.images_per_second:.0f}/s), {self._rejections()}, {self.dropped:,} dropped; "
             f"{_rate(self.supply_per_second)} could be fed, {_rate(self.demand_per_second)} used; "
             f"waited {self.wait_p50_seconds * 1e3:,.1f} ms (median), {self.wait_p99_seconds * 1e3:,.1f} ms (p99), "
             f"{self.stalls:,} stalls, {self.stall_seconds:.1f} s in all; busy: {stages}; "
             f"ring {self.stages['collect'].queue_fill or 0:.0%} full; {self.limit}"
         )
+
+    def _rejections(self) -> str:
+        """How many were rejected, why, and which classes most."""
+        by_class = {name: sum(reasons.values()) for name, reasons in self.rejected.items()}
+        by_reason: Counter[str] = Counter()
+        for reasons in self.rejected.values():
+            by_reason.update(reasons)
+        total = f"{sum(by_class.values()):,} rejected"
+        if not by_class:
+            return total
+        why = ", ".join(f"{reason} {n:,}" for reason, n in by_reason.most_common())
+        most = ", ".join(f"{name} ({n:,})" for name, n in Counter(by_class).most_common(_LISTED))
+        return f"{total} ({why}; most of class {most})"
 
 
 def _rate(per_second: float | None) -> str:
