@@ -43,7 +43,8 @@ def perturb(
             raise UsageError("out: expected a contiguous tensor")
     size = shape.numel()
     triton_runs = use_triton(backend, bank)
-    if not triton_runs and out is None and dtype == bank.dtype == torch.float32 and 0 < size <= _BAG_ELEMENTS and count:
+    bag = out is None and dtype == bank.dtype == torch.float32 and 0 < size <= _BAG_ELEMENTS and bool(len(bank))
+    if bag and count and not triton_runs:
         return _reference_bag(bank.view(-1, size), row_a, row_b, weights, ids, seed, stream).view(count, *shape)
     if out is None:
         out = torch.empty((count, *shape), dtype=dtype, device=bank.device)

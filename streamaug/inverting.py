@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streamaug.bank import LatentBank
+from streamaug.bank.edit import SCORE
 from streamaug.bank.files import read_index
 from streamaug.config import Config, load
 from streamaug.data import ImageSet, as_image_set, load_splits
@@ -21,6 +22,7 @@ from streamaug.filtering.judge import Judge
 from streamaug.fits import check_model, check_recipes, check_without_images
 from streamaug.generator import check_writable, find_model, find_prompts
 from streamaug.inversion import run
+from streamaug.inversion.method import Method
 from streamaug.inversion.methods import methods_for
 from streamaug.outputs import plain
 from streamaug.progress import Progress, Silent
@@ -53,7 +55,7 @@ def estimate_configured(config: Config, *, progress: Progress) -> run.Estimate:
     job = _job(config, progress)
     progress.phase("measuring one group")
     methods = methods_for(config, job.model, job.prompts, job.judge)
-    path = bank_path(config, job.model, job.images)
+    path = bank_path(config, job.model, job.images, methods)
     job.say_what_was_skipped()
     return run.estimate(
         job.images,
@@ -78,11 +80,12 @@ def write_bank(
 
     judge: what bank.score has the rows scored by.
     """
-    path = bank_path(config, model, images)
+    methods = methods_for(config, model, prompts, judge)
+    path = bank_path(config, model, images, methods)
     return run.invert(
         images,
         path,
-        methods_for(config, model, prompts, judge),
+        methods,
         model_digest=model.digest,
         shard_rows=config.bank.shard_rows,
         fit=config.data.fit,
@@ -124,10 +127,11 @@ def find_bank(
 
     Raises MismatchError when such a bank is of another model, of other methods or settings, or of other classes.
     """
-    path = bank_path(config, model, images)
+    methods = methods_for(config, model, prompts, judge)
+    path = bank_path(config, model, images, methods)
     if _edited(path):
         bank = LatentBank.open(path)
-        _check_edited(bank, config, model, images, prompts, judge)
+        _check_edited(bank, images, methods)
         log.info("%s is used as it is (%s); `streamaug invert` makes it whole again", path, "; ".join(bank.edits))
         return bank
     return write_bank(config, model, images, prompts, judge, progress)
@@ -141,11 +145,9 @@ def _edited(path: Path) -> bool:
         return False
 
 
-def _check_edited(
-    bank: LatentBank, config: Config, model: ModelInfo, images: ImageSet, prompts: Path | None, judge: Judge | None
-) -> None:
+def _check_edited(bank: LatentBank, images: ImageSet, methods: Sequence[Method]) -> None:
     remedy = "run `streamaug invert` to make it anew, or set bank.path to another folder"
-    wanted = {method.part.name: plain(method.part.meta) for method in methods_for(config, model, prompts, judge)}
+    wanted = {method.part.name: plain(method.part.meta) for method in methods}
     for name, meta in wanted.items():
         if name not in bank.parts:
             raise MismatchError(f"{bank.path}: the bank has no part '{name}', which bank.methods names; {remedy}")
@@ -163,13 +165,19 @@ def _check_edited(
         )
 
 
-def bank_path(config: Config, model: ModelInfo, images: ImageSet) -> Path:
-    """bank.path, or a folder in the cache that is named by what the bank is made from."""
+def bank_path(config: Config, model: ModelInfo, images: ImageSet, methods: Sequence[Method]) -> Path:
+    """bank.path, or a folder in the cache that is named by what the bank is made from.
+
+    Other settings of sampling that its rows depend on, such as model.steps, lead to another folder: trying them does
+    not cost the bank that is there.
+    """
     if config.bank.path is not None:
         return config.bank.path
     # What decides no byte of the bank does not send it elsewhere, to be computed again.
     settings = config.bank.model_dump(mode="json", exclude={"device": True, "embedding": {"checkpoint_every"}})
-    content = hashlib.sha256("".join([model.digest, json.dumps(settings, sort_keys=True), *images.hashes]).encode())
+    made_by = [plain(method.part.meta) for method in methods if method.part.name != SCORE]
+    described = json.dumps([settings, made_by], sort_keys=True)
+    content = hashlib.sha256("".join([model.digest, described, *images.hashes]).encode())
     path = config.cache / f"bank-{content.hexdigest()[:16]}"
     if not path.exists():
         check_writable(config.cache)

@@ -15,6 +15,7 @@ from streamaug.cli import app
 from streamaug.config import Config, load
 from streamaug.errors import BankError, ConfigError, DataError, MismatchError, UsageError
 from streamaug.inversion import run
+from streamaug.inversion.methods import methods_for
 from streamaug.inverting import bank_path, estimate_configured, invert_configured
 from streamaug.preparation import prepare
 from streamaug.progress import Silent
@@ -173,13 +174,18 @@ def test_a_dry_run_says_time_and_disk_and_writes_no_bank(cache, tmp_path):
 
 
 def test_settings_that_change_no_byte_of_the_bank_do_not_move_it_in_the_cache(cache):
-    config = settings(cache)
-    model, images = (lambda prepared: (prepared.model, prepared.labelled))(prepare(config))
-    where = bank_path(config, model, images)
-    for same in ("bank.device=mapped", "bank.embedding.checkpoint_every=7"):
-        assert bank_path(settings(cache, same), model, images) == where
-    for other in ("bank.dtype=float32", "bank.methods=[encode, ddim]", "bank.shard_rows=64"):
-        assert bank_path(settings(cache, other), model, images) != where
+    prepared = prepare(settings(cache))
+
+    def path(*overrides: str) -> Path:
+        config = settings(cache, *overrides)
+        return bank_path(config, prepared.model, prepared.labelled, methods_for(config, prepared.model, None))
+
+    where, inverted = path(), "bank.methods=[encode, ddim]"
+    for same in ("bank.device=mapped", "bank.embedding.checkpoint_every=7", "model.steps=3"):
+        assert path(same) == where
+    for other in ("bank.dtype=float32", inverted, "bank.shard_rows=64"):
+        assert path(other) != where
+    assert path(inverted, "model.steps=3") != path(inverted), "other steps make other rows"
 
 
 def test_a_method_more_does_not_redo_the_others_in_the_cache(cache, monkeypatch):

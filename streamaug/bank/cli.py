@@ -72,7 +72,7 @@ def bank_verify(
             typer.echo(f"  row {row}: {name}")
     elif found.problems:
         typer.echo(
-            f"{len(found.problems)} problems. `streamaug invert` computes these rows again; "
+            f"{_counted(len(found.problems), 'problem')}. `streamaug invert` computes these rows again; "
             f"`streamaug bank verify {bank} --repair` drops them.",
             err=True,
         )
@@ -117,7 +117,7 @@ def bank_drop(
 
     dropped = drop(bank, out, classes=classes or (), hashes=hashes, quality=quality)
     for name, count in dropped.by_class.items():
-        typer.echo(f"  {name}: {count} rows dropped")
+        typer.echo(f"  {name}: {_counted(count, 'row')} dropped")
     if dropped.unmatched:
         typer.echo(f"  {dropped.unmatched} lines of {hashes} are not in the bank")
     typer.echo(f"Bank: {out or bank} ({dropped.left} rows left, {dropped.rows} dropped)")
@@ -161,7 +161,8 @@ def _print_info(found: dict[str, Any], console: "Console") -> None:
     console.print(classes)
     for part in found["parts"]:
         title = (
-            f"{part['name']}: {_size(part['bytes'])} in {part['shards']} shards, groups of {part['group_rows']} rows"
+            f"{part['name']}: {_size(part['bytes'])} in {_counted(part['shards'], 'shard')}, "
+            f"groups of {part['group_rows']} rows"
         )
         console.print(escape(title))
         console.print(escape("  " + ", ".join(f"{key} {value}" for key, value in part["meta"].items())))
@@ -176,6 +177,10 @@ def _print_info(found: dict[str, Any], console: "Console") -> None:
             quality.add_row(escape(name), *(f"{values[column]:.2g}" for column in columns))
         console.print(quality)
     console.print(f"digest {found['digest']}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _size(count: int) -> str:

@@ -94,7 +94,9 @@ def repair(path: Path) -> Verification:
     with locked(path):
         found = verify(path)
         if found.damaged.all() and found.problems:
-            raise BankError(f"{path}: no row would be left; delete the folder and run `streamaug invert` again")
+            raise BankError(
+                f"{path}: no row would be left; run `streamaug invert` again: what is sound is kept, the rest is redone"
+            )
         if found.damaged.any():
             index = read_index(path)
             edit = f"{int(found.damaged.sum())} of {len(found.damaged)} rows dropped by repair"

@@ -4,10 +4,12 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from streamaug.bank.checkpoint import Checkpoint
 from streamaug.bank.files import (
@@ -207,7 +209,7 @@ class BankWriter:
         if part not in self._forms:
             marks = self.plan.layout(part).fingerprints
             file = next((self._stored[mark][0] for mark in marks if mark in self._stored), None)
-            tensors = load_shard(file) if file else {}
+            tensors = self._load(file) if file else {}
             form = {name: f"{tensor.dtype} {list(tensor.shape[1:])}" for name, tensor in tensors.items()}
             if not form:
                 return form
@@ -222,7 +224,7 @@ class BankWriter:
         stored = [self._stored[fingerprint] for fingerprint in fingerprints]
         file = self.path / layout.shard_names[number]
         if any(source != file for source, _, _ in stored):
-            sources = [(load_shard(source), start, stop) for source, start, stop in stored]
+            sources = [(self._load(source), start, stop) for source, start, stop in stored]
             tensors = {
                 name: torch.cat([rows[name][start:stop] for rows, start, stop in sources]) for name in sources[0][0]
             }
@@ -232,6 +234,18 @@ class BankWriter:
             for source in {source for source, _, _ in stored if source.parent == self._work}:
                 source.unlink()
         return file_entry(file, sum(len(group.rows) for group in groups), self._checksums.get(file.name))
+
+    def _load(self, file: Path) -> dict[str, torch.Tensor]:
+        """A file's tensors. Raises BankError when it is another bank's, and has gone since its groups were noted."""
+        try:
+            return load_shard(file)
+        except (OSError, SafetensorError) as error:
+            if self.path in file.parents:
+                raise
+            raise BankError(
+                f"{self.path}: rows were to be copied from {file}, which has changed meanwhile ({error}); start again: "
+                "what was finished is kept, and these rows are computed"
+            ) from None
 
     def _write(self, file: Path, tensors: dict[str, torch.Tensor], groups: list[tuple[str, int]]) -> None:
         data = shard_bytes(tensors, groups)
@@ -243,8 +257,9 @@ class BankWriter:
         checksums = _known_checksums(folder)
         for file in sorted(data_files(folder)):
             wanted = any(fingerprint in self._wanted for fingerprint, _ in groups_in(file))
-            if wanted and checksums.get(file.name) == sha256_of(file):
-                self._record(file)
+            with suppress(OSError):  # whoever writes that bank may remove a file at any time
+                if wanted and checksums.get(file.name) == sha256_of(file):
+                    self._record(file)
 
     def _record(self, file: Path) -> None:
         """Note where the wanted groups among those a file lists are found."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from streamaug.bank import BankPlan, BankWriter, Checkpoint, Group, LatentBank, open_if_current
-from streamaug.bank.files import WORK, data_files, groups_in, read_index
+from streamaug.bank.files import WORK, data_files, file_entries, groups_in, read_index
 from streamaug.data import ImageSet
 from streamaug.data.perceptual import perceptual_hash
 from streamaug.errors import BankError
@@ -137,7 +137,7 @@ def estimate(
     Nothing is written. Raises BankError, and whatever a method does.
     """
     plan = _plan(images, path, methods, model_digest, shard_rows, fit)
-    stored = _stored_groups(Path(path)).union(*map(_stored_groups, others))
+    stored = _stored_groups(Path(path)).union(*map(_finished_groups, others))
     found = []
     for method in methods:
         part = method.part
@@ -235,6 +235,15 @@ def _stored_groups(folder: Path) -> set[str]:
     """Fingerprints of the groups that a bank's folder holds, finished or not."""
     files = [*data_files(folder), *(folder / WORK).glob("*-group-*.safetensors")] if folder.is_dir() else []
     return {fingerprint for file in files for fingerprint, _ in groups_in(file)}
+
+
+def _finished_groups(folder: Path) -> set[str]:
+    """Fingerprints of the groups in the files that a bank's index names: those that another bank may take over."""
+    try:
+        entries = file_entries(read_index(folder))
+    except BankError:
+        return set()
+    return {fingerprint for entry in entries for fingerprint, _ in groups_in(folder / entry["file"])}
 
 
 def _row_bytes(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> int:

@@ -42,7 +42,7 @@ def decide(setting: str, bank: LatentBank, names: Iterable[str], device: torch.d
         found = "memory" if as_fp32 <= _MEMORY_BYTES else "mapped"
     size = as_fp32 if found == "memory" and device.type == "cpu" else stored
     where = {"mapped": "memory-mapped", "memory": "in memory", "cuda": f"on {device}"}[found]
-    log.info("bank: %d rows, %.1f MB, %s", bank.num_rows, size / 1e6, where)
+    log.info("bank: %d rows, %.3g MB, %s", bank.num_rows, size / 1e6, where)
     return found
 
 

@@ -61,7 +61,7 @@ def test_repair_of_an_undamaged_bank_changes_nothing(expected, copy):
 def test_a_bank_without_a_sound_row_is_not_repaired(copy):
     for file in copy.glob("encode-*"):
         os.truncate(file, 10)
-    with pytest.raises(BankError, match=r"no row would be left; delete the folder"):
+    with pytest.raises(BankError, match=r"no row would be left; run `streamaug invert` again: what is sound is kept"):
         repair(copy)
 
 

@@ -159,6 +159,41 @@ def test_an_estimate_knows_what_is_done_and_writes_nothing(tmp_path):
     assert found.seconds > 0
 
 
+def test_an_estimate_counts_of_other_banks_what_an_inversion_takes_over(tmp_path):
+    def stop(method: str, done: int, total: int) -> None:
+        if done == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "unfinished", [Counting("ddim")], progress=stop)
+    write(tmp_path / "finished", [Counting("encode")])
+    others = [tmp_path / "finished", tmp_path / "unfinished"]
+    methods = [Counting("encode"), Counting("ddim")]
+    found = estimate(images(), tmp_path / "bank", methods, model_digest="m", shard_rows=32, others=others)
+    again = [Counting("encode"), Counting("ddim")]
+    write(tmp_path / "bank", again, others=others)
+    assert [each.computed_rows for each in found.methods] == [GROUP * len(method.groups) for method in again] == [0, 64]
+
+
+def test_a_bank_to_copy_from_that_goes_meanwhile_is_one_message_and_its_rows_are_computed(tmp_path):
+    other = write(tmp_path / "other", [Counting("encode")]).path
+    methods, expected = [Counting("encode"), Counting("ddim")], contents(other)
+
+    def remove(method: str, done: int, total: int) -> None:
+        for file in other.glob("encode-*"):
+            file.unlink()
+
+    with pytest.raises(BankError, match=r"which has changed meanwhile .* start again"):
+        write(tmp_path / "bank", methods, others=[other], progress=remove)
+    assert [len(method.groups) for method in methods] == [0, 1], "it is said at the first group that is put"
+    write(tmp_path / "bank", methods, others=[other])
+    assert [len(method.groups) for method in methods] == [4, 1 + 4]
+    there = contents(tmp_path / "bank")
+    assert {name: there[name] for name in expected if name.startswith("encode")} == {
+        name: data for name, data in expected.items() if name.startswith("encode")
+    }
+
+
 def test_the_estimated_bytes_are_those_of_the_bank_but_for_headers(tmp_path):
     methods = [Counting("encode"), Counting("ddim")]
     found = estimate(images(), tmp_path / "bank", methods, model_digest="m", shard_rows=4096)

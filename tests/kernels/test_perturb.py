@@ -94,6 +94,12 @@ def test_pure_noise_is_the_normal_of_the_id(backend, device):
     torch.testing.assert_close(mixed, normal(ids, (2, 5), seed=7, stream=3), atol=1e-5, rtol=0)
 
 
+def test_a_bank_without_rows_gives_pure_noise(backend, device):
+    none, ids, weights = torch.full((3,), -1), torch.arange(3), torch.tensor([[1.0, 1.0, 0.5]]).repeat(3, 1)
+    found = run(backend, device, torch.empty(0, 6), none, none, weights, ids, seed=4)
+    torch.testing.assert_close(found, 0.5 * normal(ids, (6,), seed=4, stream=0, backend="torch"))
+
+
 @given(data=st.data(), count=st.integers(1, 8))
 def test_an_image_does_not_depend_on_its_batch(data, count):
     row = st.integers(-1, 3)

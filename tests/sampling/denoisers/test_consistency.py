@@ -54,11 +54,12 @@ def test_images_equal_the_pipelines(pipeline, denoiser, classes, steps, batch_si
     assert inside.mean() > 0.2, "the comparison is of clamped images"
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
 @torch.no_grad()
-def test_images_that_enter_part_way_equal_the_loop_over_the_rest(pipeline, denoiser, classes):
-    order = orders(2, classes=5, start=2)
+def test_images_that_enter_part_way_equal_the_loop_over_the_rest(pipeline, denoiser, classes, batch_size):
+    order = orders(batch_size, classes=5, start=2)
     labels = torch.tensor(order.images["label"]) if classes else None
-    clean = torch.tanh(torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(6)))
+    clean = torch.tanh(torch.randn(batch_size, *SHAPE, generator=torch.Generator().manual_seed(6)))
     sampler = Sampler(denoiser, pipeline.scheduler, 4)
     x = float(sampler.schedule.signal[2]) * clean + float(sampler.schedule.noise[2]) * entering(pipeline, order) / 80
     ours = sampler.sample(x, order)

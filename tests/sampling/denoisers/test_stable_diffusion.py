@@ -324,15 +324,16 @@ def test_a_latent_consistency_model_equals_its_pipeline_given_our_noise(models, 
     assert deviation(ours, expected) <= 1e-4
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
 @torch.no_grad()
-def test_a_latent_consistency_model_equals_its_scheduler_from_partial_depth(models, monkeypatch):
+def test_a_latent_consistency_model_equals_its_scheduler_from_partial_depth(models, monkeypatch, batch_size):
     # Its image-to-image pipeline spreads all steps over the depth, so the loop is written out here.
     pipeline = models["lcm"].pipeline
-    order, x = orders(2, start=1, guidance=8.5), noise((2, 4, 16, 16))
+    order, x = orders(batch_size, start=1, guidance=8.5), noise((batch_size, 4, 16, 16))
     ours = sampler(models["lcm"].folder, 4).sample(x, order)
     give_our_noise(monkeypatch, pipeline.scheduler, order)
     tokens, _ = pipeline.encode_prompt(texts_of(order), CPU, 1, False)
-    scale = pipeline.get_guidance_scale_embedding(torch.full((2,), 7.5), embedding_dim=32)
+    scale = pipeline.get_guidance_scale_embedding(torch.full((batch_size,), 7.5), embedding_dim=32)
     pipeline.scheduler.set_timesteps(4)
     pipeline.scheduler.set_begin_index(1)
     for t in pipeline.scheduler.timesteps[1:]:

@@ -64,12 +64,14 @@ def test_images_equal_the_pipelines(denoiser, tmp_path, name, prediction, batch_
 
 @pytest.mark.parametrize("name", ["DDPMPipeline", "DDIMPipeline"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize(("start", "batch_size"), [(0, 2), (3, 1), (3, 2), (3, 5)])
 @torch.no_grad()
-def test_latents_without_clamp_equal_the_loop_at_full_and_partial_depth(denoiser, tmp_path, name, prediction, start):
+def test_latents_without_clamp_equal_the_loop_at_full_and_partial_depth(
+    denoiser, tmp_path, name, prediction, start, batch_size
+):
     scheduler = scheduler_of(name, prediction, clip_sample=False)
     pipeline = tiny.build(tmp_path, pipeline=name, scheduler=scheduler)
-    order = orders(2, classes=1, start=start)
+    order = orders(batch_size, classes=1, start=start)
     ours = Sampler(denoiser, scheduler, STEPS).sample(drawn(order), order)
     scheduler.set_timesteps(STEPS)
     x = drawn(order)
@@ -105,17 +107,18 @@ def test_a_learned_variance_is_dropped_where_the_scheduler_has_its_own(tmp_path)
     assert_same_latents(Sampler(denoiser, scheduler, STEPS).sample(drawn(order), order), x)
 
 
+@pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @torch.no_grad()
-def test_guidance_leads_from_the_null_class_to_the_label(of_classes, batch_size):
+def test_guidance_leads_from_the_null_class_to_the_label(of_classes, batch_size, start):
     denoiser = loaded(denoisers.inspect(of_classes), null_class=4)
     scheduler = DDIMScheduler(clip_sample=False)
-    order = orders(batch_size, classes=3, guidance=3.0)
+    order = orders(batch_size, classes=3, guidance=3.0, start=start)
     labels, x = torch.tensor(order.images["label"]), drawn(order)
     ours = Sampler(denoiser, scheduler, STEPS).sample(x, order)
     network = tiny.unet(num_class_embeds=5)
     scheduler.set_timesteps(STEPS)
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[start:]:
         cond, uncond = (network(x, t, class_labels=each).sample for each in (labels, torch.full_like(labels, 4)))
         x = scheduler.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
     assert_same_latents(ours, x)
