@@ -105,6 +105,9 @@ class DataConfig(Section):
         return self
 
 
+Wordings = Annotated[list[str], Field(min_length=1)]
+
+
 class ModelConfig(Section):
     """The diffusion model: a diffusers folder, or null to train `prior` into the cache."""
 
@@ -115,7 +118,8 @@ class ModelConfig(Section):
     eta: Annotated[float, Field(ge=0, le=1)] | None = None  # DDIM's noise: 0 none, 1 as much as DDPM
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     null_class: int | None = None  # the label that means "no class", for classifier-free guidance
-    prompts: Annotated[list[str], Field(min_length=1)] = ["a photo of a {}"]  # wordings; {} is the class name
+    # Wordings, of which each image gets one; {} is the class name. Or a list for each class by name, and "default".
+    prompts: Wordings | Annotated[dict[str, Wordings], Field(min_length=1)] = ["a photo of a {}"]
     negative_prompt: str = ""  # the unconditional half of guidance
     class_tokens: list[ConfigPath] = []  # safetensors of textual-inversion embeddings, whose tokens prompts may use
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # share of the schedule in which guidance acts
@@ -589,7 +593,13 @@ def _describe(item: Any) -> str:
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}, got {given!r}"
 
 
-_UNION_TAGS = {"function-before[_expand_path(), path]", "constrained-int", "constrained-float"}
+_UNION_TAGS = {
+    "list[str]",
+    "dict[str,list[str]]",
+    "function-before[_expand_path(), path]",
+    "constrained-int",
+    "constrained-float",
+}
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:

@@ -371,7 +371,9 @@ def build(options: dict[str, Any]) -> Engine:
         kinds=kinds_of(config, denoiser.guidance),
     )
     if measurable(device):
-        engine.check_memory(free_on_gpu(device) if device.type == "cuda" else available("memfd"))
+        free = free_on_gpu(device) if device.type == "cuda" else available("memfd")
+        together = -(-config.stream.producers // max(len(config.stream.devices), 1))  # producers on one device
+        engine.check_memory(free // together)
     return engine
 
 

@@ -26,6 +26,7 @@ from streamaug.inverting import find_bank
 from streamaug.orders import Planner, Schedule
 from streamaug.progress import Progress, Silent
 from streamaug.sampling import cascade
+from streamaug.sampling.conditioning import wordings
 from streamaug.sampling.denoisers import ModelInfo
 from streamaug.sampling.denoisers.autoencoder import digest_of_tiny
 from streamaug.sampling.execution import Execution, check_execution, decide, measure
@@ -202,7 +203,7 @@ def _planner(config: Config, bank: LatentBank, schedule: Schedule, *, prompted: 
         config.recipes,
         config.stream.batch_size,
         config.seed,
-        templates=len(config.model.prompts) if prompted else 1,
+        templates=len(wordings(config.model.prompts, bank.class_names)[0]) if prompted else 1,
         class_names=bank.class_names,
         inverted_start=schedule.start_of(config.bank.ddim.depth),
         neighbours=nearest_rows(bank, near, config.cache) if near else None,

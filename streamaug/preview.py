@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from streamaug.config import Config, Recipe
 from streamaug.demo.pictures import SampleRow, Sibling, preview_png, samples_png
@@ -79,14 +80,21 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
     judged = prepared.judge is not None
     heading = {"guidance": "scale"}.get(what, what)  # as wide as a picture
     order = np.argsort(swept[0].labels, kind="stable")
+    labels = swept[0].labels
     given_back = anchors(prepared, engine, recipe, swept[0].rows)
+    opinion = None if given_back is None else _opinion(engine, given_back, labels)
     source_of = {digest: at for at, digest in enumerate(prepared.labelled.hashes)}
     rows = []
     for at in order:
         row = int(swept[0].rows[at])
         siblings = []
-        if given_back is not None:
-            siblings.append(Sibling(given_back[at], "given back", 0.0, None))
+        source = source_of.get(prepared.bank.source_hash(row)) if row >= 0 else None
+        if source is not None:
+            real = prepared.labelled.images[source]
+            (score,), (kept,) = _opinion(engine, real[None], labels[at : at + 1])
+            siblings.append(Sibling(real, "real", score, kept))
+        if given_back is not None and opinion is not None:
+            siblings.append(Sibling(given_back[at], "given back", opinion[0][at], opinion[1][at]))
         siblings += [
             Sibling(
                 each.images[at],
@@ -96,7 +104,14 @@ def _recipe_rows(prepared: Prepared, engine: Engine, recipe: Recipe) -> tuple[li
             )
             for each in swept
         ]
-        source = source_of.get(prepared.bank.source_hash(row)) if row >= 0 else None
-        real = None if source is None else prepared.labelled.images[source]
-        rows.append(SampleRow(prepared.class_names[swept[0].labels[at]], real, siblings))
+        rows.append(SampleRow(prepared.class_names[labels[at]], None, siblings))
     return rows, sum(len(each.labels) for each in swept)
+
+
+def _opinion(engine: Engine, images: np.ndarray, labels: np.ndarray) -> tuple[list[float], list[bool | None]]:
+    """The judge's score of each of uint8 images [n, C, H, W] as these classes, and whether it lets them through."""
+    if engine.judge is None:
+        return [0.0] * len(images), [None] * len(images)
+    pixels = torch.from_numpy(images).to(engine.device).float() / 127.5 - 1
+    scores, reasons = engine.judge.score(pixels, torch.from_numpy(labels.astype(np.int64)).to(engine.device))
+    return scores.tolist(), (reasons == 0).tolist()

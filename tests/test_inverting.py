@@ -21,6 +21,7 @@ from streamaug.preparation import prepare
 from streamaug.progress import Silent
 from streamaug.stream import Stream
 
+FASHION = "/usr/share/datasets/fashion-mnist"
 SMALL = [
     "prior.steps=2",
     "prior.channels=[8, 16]",

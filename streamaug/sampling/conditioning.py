@@ -5,13 +5,14 @@ The text encoder is loaded here, used, and freed; a producer reads only the enco
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
-from streamaug.errors import ConfigError, ModelError
+from streamaug.errors import ConfigError, ModelError, nearest
 from streamaug.outputs import write_whole
 from streamaug.sampling import denoisers
 from streamaug.sampling.denoisers.base import ModelInfo
@@ -19,11 +20,13 @@ from streamaug.sampling.denoisers.prompts import NULL, PromptTooLong
 
 _FORMAT = 1
 
+Templates = Sequence[str] | Mapping[str, Sequence[str]]
+
 
 def encode_prompts(
     info: ModelInfo,
     class_names: Sequence[str],
-    templates: Sequence[str],
+    templates: Templates,
     cache: Path,
     *,
     negative: str = "",
@@ -33,18 +36,17 @@ def encode_prompts(
 ) -> Path:
     """The file of a model's encoded prompts, written now unless the cache has it.
 
-    templates: wordings with {} where the class name goes; class_tokens: files of textual-inversion embeddings whose
-    tokens they may use. Raises ConfigError for a template without {} and for a family without class tokens, and
-    ModelError for a prompt that is longer than the encoder takes, naming the class.
+    templates: as for `wordings`; class_tokens: files of textual-inversion embeddings whose tokens they may use. Raises
+    ConfigError for templates that do not fit the classes and for a family without class tokens, and ModelError for a
+    prompt that is longer than the encoder takes, naming the class.
     """
-    for position, template in enumerate(templates):
-        if template.count("{}") != 1:
-            raise ConfigError(f"model.prompts.{position}: {template!r} needs {{}} once, where the class name goes")
+    prompts = wordings(templates, class_names)
     family = denoisers.FAMILIES[info.family]
     if class_tokens and not hasattr(family, "CLASS_TOKENS"):
         having = [name for name, each in denoisers.FAMILIES.items() if hasattr(each, "CLASS_TOKENS")]
         raise ConfigError(f"model.class_tokens: {info.family} takes none; accepted are models of: {', '.join(having)}")
-    texts = [template.replace("{}", name) for name in class_names for template in templates]
+    each = len(prompts[0])
+    texts = [text for of_class in prompts for text in of_class]
     tokens = [(file.name, _hash(file)) for file in class_tokens]
     key = json.dumps([_FORMAT, family.text_digest(info, variant), tokens, texts, negative])
     path = cache / f"prompts-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
@@ -58,7 +60,7 @@ def encode_prompts(
         position = error.position
         what = "model.negative_prompt"
         if position < len(texts):
-            what = f"model.prompts: the prompt of class '{class_names[position // len(templates)]}'"
+            what = f"model.prompts: the prompt of class '{class_names[position // each]}'"
         raise ModelError(
             f"{what} has {error.tokens} tokens, the text encoder takes {error.limit}: shorten the template or the name"
         ) from None
@@ -67,11 +69,46 @@ def encode_prompts(
             torch.cuda.empty_cache()
     tensors = {}
     for name, rows in encoded.items():
-        tensors[name] = rows[:-1].reshape(len(class_names), len(templates), *rows.shape[1:]).contiguous()
+        tensors[name] = rows[:-1].reshape(len(class_names), each, *rows.shape[1:]).contiguous()
         tensors[NULL + name] = rows[-1].contiguous()
     cache.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(tensors))
     return path
+
+
+def wordings(templates: Templates, class_names: Sequence[str]) -> list[list[str]]:
+    """The prompts of each class, as many for every class: where one has fewer, they come again.
+
+    templates: wordings with {} where the class name goes; or such lists by class name, and "default" for the classes
+    without one, where {} may be missing. Raises ConfigError.
+    """
+    if not isinstance(templates, Mapping):
+        return [_filled(templates, name, "model.prompts") for name in class_names]
+    unknown = sorted(templates.keys() - {*class_names, "default"})
+    if unknown:
+        accepted = [*class_names[:20], "default"]
+        raise ConfigError(
+            f"model.prompts: no class '{unknown[0]}'{nearest(unknown[0], accepted)}; accepted: {', '.join(accepted)}"
+        )
+    missing = [name for name in class_names if name not in templates]
+    if missing and "default" not in templates:
+        raise ConfigError(f"model.prompts: class '{missing[0]}' has none; add it, or default: [a photo of a {{}}]")
+    found = [
+        _filled(templates[name], name, f"model.prompts.{name}", optional=True)
+        if name in templates
+        else _filled(templates["default"], name, "model.prompts.default")
+        for name in class_names
+    ]
+    most = max(map(len, found))
+    return [list(islice(cycle(each), most)) for each in found]
+
+
+def _filled(templates: Sequence[str], name: str, key: str, *, optional: bool = False) -> list[str]:
+    for position, template in enumerate(templates):
+        if template.count("{}") > 1 or ("{}" not in template and not optional):
+            once = "at most once" if optional else "once"
+            raise ConfigError(f"{key}.{position}: {template!r} needs {{}} {once}, where the class name goes")
+    return [template.replace("{}", name) for template in templates]
 
 
 def _hash(file: Path) -> str:

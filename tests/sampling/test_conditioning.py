@@ -12,7 +12,7 @@ from sampling.denoisers.tiny.stable_diffusion import build
 from streamaug.config import Recipe
 from streamaug.errors import ConfigError, MissingExtra, ModelError
 from streamaug.orders import ORDER_DTYPE, OrderBatch, Planner, Schedule
-from streamaug.sampling.conditioning import encode_prompts
+from streamaug.sampling.conditioning import encode_prompts, wordings
 from streamaug.sampling.denoisers import inspect, prompts, stable_diffusion
 from streamaug.sampling.denoisers.prompts import PromptTable, prompt_conditioning
 from streamaug.sampling.memory import peak_bytes
@@ -97,6 +97,28 @@ def test_a_prompt_that_is_too_long_names_the_class_and_is_not_cut(model, tmp_pat
 def test_a_template_without_its_braces_is_refused_by_its_number(model, tmp_path, template):
     with pytest.raises(ConfigError, match=r"model\.prompts\.1: .* needs \{\} once"):
         encode_prompts(model, CLASSES, ["a {}", template], tmp_path)
+
+
+def test_a_class_may_have_wordings_of_its_own(model, tmp_path):
+    own = {"dog": ["a beagle asleep"], "default": ["a {}", "one {}"]}
+    assert wordings(own, ["cat", "dog"]) == [["a cat", "one cat"], ["a beagle asleep", "a beagle asleep"]]
+    table = load_file(encode_prompts(model, ["cat", "dog"], own, tmp_path))["tokens"]
+    expected = stable_diffusion.encode_text(model, ["a cat", "one cat", "a beagle asleep"], None, CPU)["tokens"]
+    torch.testing.assert_close(table.flatten(0, 1), expected[[0, 1, 2, 2]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"dgo": ["a {}"]}, r"no class 'dgo' \(did you mean 'dog'\?\); accepted: cat, dog, default"),
+        ({"dog": ["a {}"]}, r"class 'cat' has none; add it, or default: \[a photo of a \{\}\]"),
+        ({"default": ["a dog"]}, r"model\.prompts\.default\.0: 'a dog' needs \{\} once"),
+        ({"default": ["a {}"], "dog": ["{} {}"]}, r"model\.prompts\.dog\.0: .* at most once"),
+    ],
+)
+def test_wordings_that_do_not_fit_the_classes_are_refused(own, message):
+    with pytest.raises(ConfigError, match=message):
+        wordings(own, ["cat", "dog"])
 
 
 def test_a_class_name_with_braces_is_taken_as_it_is(model, tmp_path):
