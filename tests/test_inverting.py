@@ -118,6 +118,17 @@ def test_class_names_alone_serve_a_model_that_knows_them(cache, tmp_path):
         prepare(config.model_copy(update={"bank": settings(cache).bank}))
 
 
+@pytest.mark.matrix
+@pytest.mark.skipif(not Path(FASHION).is_dir(), reason=f"{FASHION} is not there (Debian: dataset-fashion-mnist)")
+def test_all_methods_run_on_fashion_mnist(cache):
+    methods = {"[encode,ddim,embedding]": ["encode", "ddim", "embedding"], "[prompt]": ["prompt"]}
+    for given, kinds in methods.items():
+        recipes = ",".join(RECIPES[kind] for kind in kinds)
+        overrides = [*SMALL, f"cache={cache}", "data.validation=100", f"bank.methods={given}", f"recipes=[{recipes}]"]
+        with Stream.from_prepared(prepare(load("fashion", overrides))) as stream:
+            assert stream.take(60).images.shape == (60, 1, 16, 16)
+
+
 @pytest.mark.parametrize("kind", ["pairs", "arrays", "torch"])
 def test_a_data_set_of_ones_own_is_inverted(cache, tmp_path, kind):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
