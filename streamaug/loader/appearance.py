@@ -65,7 +65,7 @@ def check(real: Appearance, synthetic: Appearance, from_dataset: bool) -> None:
 
     `synthetic` describes black, white and shaded probes: the whole range that synthetic images can have.
     """
-    if _channels_last(synthetic.shape) == real.shape != synthetic.shape:
+    if channels_last(synthetic.shape) == real.shape != synthetic.shape:
         _refuse(
             "layout",
             real,
@@ -118,12 +118,13 @@ def natural_scale(real: Appearance) -> tuple[tuple[float], tuple[float]] | None:
     return {"0 to 255": ((0.0,), (1 / 255,)), "-1 to 1": ((0.5,), (0.5,))}.get(real.scale)
 
 
+def channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[H, W, C] of [C, H, W]."""
+    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
 
 def _refuse(what: str, real: Appearance, synthetic: Appearance, fix: str) -> None:

@@ -1,4 +1,4 @@
-"""A batch's structure (tuple, list, named tuple, mapping): its fields, and the same type with other rows.
+"""A batch's structure (tuple, list, named tuple, mapping, a list of one mapping): its fields, and other rows in it.
 
 In the loader, between the real batch and the merged one.
 """
@@ -13,6 +13,7 @@ import torch
 
 from streamaug.errors import MismatchError, UsageError, nearest
 from streamaug.loader.appearance import name_of
+from streamaug.loader.dali_iterator import ONE_PIPELINE
 
 Key = int | str
 IDS_KEY = "synthetic_ids"
@@ -22,11 +23,15 @@ _LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a batch keeps its images and labels; `extra` are its other fields with one entry per image."""
+    """Where a batch keeps its images and labels; `extra` are its other fields with one entry per image.
+
+    boxed: the fields are those of the mapping in a list of one, as DALI's iterators deliver it.
+    """
 
     image_key: Key
     label_key: Key
     extra: tuple[Key, ...]
+    boxed: bool = False
 
     @classmethod
     def detect(cls, batch: Any, image_key: Key | None = None, label_key: Key | None = None) -> "Layout":
@@ -43,7 +48,7 @@ class Layout:
             for key, value in fields.items()
             if key not in (image_key, label_key) and is_rows(value) and len(value) == count
         )
-        return cls(image_key, label_key, extra)
+        return cls(image_key, label_key, extra, _is_boxed(batch))
 
     def rows(self, batch: Any) -> dict[Key, Any]:
         """The fields that have one entry per image: images, labels and extras."""
@@ -53,6 +58,7 @@ class Layout:
 
 def fields_of(batch: Any) -> dict[Key, Any]:
     """A batch's fields by position or name. Raises MismatchError for what has no fields."""
+    batch = _unboxed(batch)
     if isinstance(batch, Mapping):
         return dict(batch)
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
@@ -65,6 +71,8 @@ def fields_of(batch: Any) -> dict[Key, Any]:
 
 def rebuild(batch: Any, changed: Mapping[Key, Any], ids: torch.Tensor | None) -> Any:
     """A batch of the same type with some fields replaced, and `ids` added (last, or as "synthetic_ids")."""
+    if _is_boxed(batch):
+        return [rebuild(batch[0], changed, ids)]
     if isinstance(batch, MutableMapping):
         merged = copy.copy(batch)
         merged.update(changed if ids is None else {**changed, IDS_KEY: ids})
@@ -84,8 +92,17 @@ def rebuild(batch: Any, changed: Mapping[Key, Any], ids: torch.Tensor | None) ->
 
 def count_rows(batch: Any) -> int:
     """Images in a batch: the length of its first field with entries; 0 for what has no fields."""
+    batch = _unboxed(batch)
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Iterable) else ()
     return next((len(value) for value in values if is_rows(value)), 0)
+
+
+def _is_boxed(batch: Any) -> bool:
+    return isinstance(batch, list) and len(batch) == 1 and isinstance(batch[0], Mapping)
+
+
+def _unboxed(batch: Any) -> Any:
+    return batch[0] if _is_boxed(batch) else batch
 
 
 def is_rows(value: Any) -> bool:
@@ -213,8 +230,9 @@ def _is_number(value: Any) -> bool:
 def _conversion(fields: Mapping[Key, Any]) -> str:
     """How to make tensors of what is none, where that may be what is missing."""
     if all(isinstance(value, Mapping) for value in fields.values()):
-        if len(fields) == 1:
-            return " (of a DALI iterator: sa.DALIStreamLoader(pipeline, stream) takes its pipeline)"
+        inside = [value for mapping in fields.values() for value in mapping.values()]
+        if any(isinstance(value, torch.Tensor) and value.ndim >= 4 for value in inside):
+            return f" (a batch of each of {len(fields)} DALI pipelines: {ONE_PIPELINE})"
         return " (samples: torch.utils.data.default_collate makes a batch of them)"
     if any(isinstance(value, np.ndarray) for value in fields.values()):
         return " (arrays: torch.from_numpy in the collate_fn)"

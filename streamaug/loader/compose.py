@@ -83,6 +83,7 @@ class Composer:
         if from_dataset:
             transform = None if self.options.batch_transform else find_attribute(dataset, "transform")
         self.converter = make_converter(rows[layout.image_key], transform, from_dataset and transform is not None)
+        self._say_copies(rows[layout.image_key].device)
 
     def real_only(self, batch: Any, count: int) -> Any:
         self.stats.real += count
@@ -145,6 +146,18 @@ class Composer:
     def close(self) -> None:
         if self.converter is not None:
             self.converter.close()
+
+    def _say_copies(self, real: torch.device) -> None:
+        """A hint where images made on a GPU reach the real ones there through the host."""
+        # A stream that does not say where its producers run may have them on a GPU.
+        made_on_gpu = getattr(self.stream, "producers_on_gpu", True)
+        taken_on_cpu = self.stream.config.deliver_on == "cpu"
+        if real.type == "cuda" and made_on_gpu and taken_on_cpu and int(self.stream.rank) == 0:
+            logger.info(
+                "real images are on %s and synthetic ones are handed out on the CPU: stream.deliver_on: cuda hands "
+                "images out there without a copy through the host",
+                real,
+            )
 
     def _compare(self, real: torch.Tensor, synthetic: torch.Tensor) -> None:
         if self._likeness is not None and self._likeness.observe(real, synthetic):

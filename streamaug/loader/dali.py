@@ -1,6 +1,7 @@
 """A loader that mixes images of a stream with what NVIDIA DALI reads and decodes.
 
-In place of StreamLoader where real images come from DALI. Needs the extra `dali`, imported when first used.
+StreamLoader around a DALI iterator mixes as well; this one puts synthetic images through the pipeline's operators, and
+its state is exact inside an epoch. Needs the extra `dali`, imported when first used.
 """
 
 import logging
@@ -124,10 +125,6 @@ class DALIStreamLoader(StreamLoader):
         self._images.close()
         self._augmented.close()
 
-    def _iterate(self, first: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-        for batch in super()._iterate(first):
-            yield [self._images.delivered(batch)]
-
     def _make_converter(self, real: torch.Tensor | None, transform: Any, from_dataset: bool) -> Any:
         assert real is not None
         return _AsAugmented(real)
@@ -173,9 +170,6 @@ class _Built:
         self.iterator = DALIGenericIterator(pipe, self.names, prepare_first_batch=False, **iteration)
         return pipe
 
-    def next(self) -> dict[str, torch.Tensor]:
-        return next(self.iterator)[0]
-
     def checkpoint(self) -> torch.Tensor:
         if not self._checkpointing:
             raise StateError("this DALIStreamLoader was built with checkpointing=False and has no state to save")
@@ -183,7 +177,7 @@ class _Built:
 
 
 class _RealImages:
-    """Epochs of the reader: batches {images, labels} with labels [n] where the reader's are [n, 1]."""
+    """Epochs of the reader, in batches as DALI's iterator gives them."""
 
     def __init__(self, built: _Built, reader_name: str, last_batch: LastBatch):
         from nvidia.dali.plugin.base_iterator import LastBatchPolicy
@@ -196,7 +190,6 @@ class _RealImages:
         if last_batch not in policies:
             raise UsageError(f"last_batch={last_batch!r}: accepted are {', '.join(map(repr, policies))}")
         self._built = built
-        self._column = False  # whether labels leave the pipeline as [n, 1]
         self._begun = False
         self._iteration = {
             "reader_name": reader_name,
@@ -209,6 +202,7 @@ class _RealImages:
         # Read by StreamLoader for the length under displaced="defer".
         self.drop_last = last_batch != "partial"
         shard, shards = reader["shard_id"], reader["number_of_shards"]
+        self._shards_num = shards  # as DALI's iterators have it
         self.sampler = range(
             reader["epoch_size"] * shard // shards,
             reader["epoch_size"] * (shard + 1) // shards,
@@ -223,36 +217,25 @@ class _RealImages:
     def __len__(self) -> int:
         return len(self._built.iterator)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         if self._begun:
             logger.warning("the epoch was left before its end: the rest of it is read, as DALI cannot go back")
             for _ in self._rest():
                 pass
         return self._rest()
 
-    def _rest(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _rest(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         self._begun = True
-        while True:
-            try:
-                batch = self._built.next()
-            except StopIteration:
-                self._begun = False
-                return
-            labels = batch[self._built.names[1]]
-            self._column = labels.ndim == 2 and labels.shape[1] == 1
-            yield batch | {self._built.names[1]: labels[:, 0]} if self._column else batch
-
-    def delivered(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The batch with labels as they left the pipeline."""
-        name = self._built.names[1]
-        return batch | {name: batch[name][:, None]} if self._column else batch
+        while (batch := next(self._built.iterator, None)) is not None:
+            yield batch
+        self._begun = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"column": self._column, "tensors": {"checkpoint": self._built.checkpoint()}}
+        return {"tensors": {"checkpoint": self._built.checkpoint()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._build(state["tensors"]["checkpoint"])
-        self._column, self._begun = state["column"], False
+        self._begun = False
 
     def close(self) -> None:
         self._built.iterator = None
@@ -322,7 +305,7 @@ class _Augmented:
         return outputs
 
     def _next(self) -> SynthBatch:
-        images = self._built.next()[self._built.names[0]]
+        images = next(self._built.iterator)[0][self._built.names[0]]
         synthetic, self._state, _ = self._taken.popleft()
         synthetic.images = images  # type: ignore[assignment]  # a tensor from here on
         return synthetic

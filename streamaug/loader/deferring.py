@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
-from torch.utils.data import BatchSampler
-
 from streamaug.loader import batch as batches
 from streamaug.loader.batch import Layout
-from streamaug.loader.interleave import Share, deferred_length, deferred_split
+from streamaug.loader.interleave import Share, deferred_split
 
 
 class Deferred:
@@ -54,23 +52,3 @@ class Deferred:
         rows = self._layout_of(batch).rows(batch)
         front, rest = batches.select(rows, 0, count), batches.select(rows, count, held)
         return batches.rebuild(batch, front, None), batches.rebuild(batch, rest, None)
-
-
-def length(loader: Any, debt: Fraction, ratio_at: Callable[[int], Fraction], step: int) -> int:
-    """Batches of an epoch that begins at `step`. Raises TypeError for a loader that cannot tell."""
-    rows, size = _epoch_rows(loader, len(loader))
-    return deferred_length(rows, size, debt, ratio_at, step)
-
-
-def _epoch_rows(loader: Any, batch_count: int) -> tuple[int, int]:
-    """(real images of an epoch, images per batch) of a loader that knows them."""
-    size: Any = getattr(loader, "batch_size", None)
-    sampler: Any = getattr(loader, "sampler", None)
-    if type(getattr(loader, "batch_sampler", None)) is BatchSampler:
-        size, sampler = loader.batch_sampler.batch_size, loader.batch_sampler.sampler
-    if not size or not hasattr(sampler, "__len__"):
-        raise TypeError(
-            'the length under displaced="defer" follows from the batch_size and the length of the sampler; '
-            f"this {type(loader).__name__} lacks them"
-        )
-    return (batch_count * size if getattr(loader, "drop_last", False) else len(sampler)), size

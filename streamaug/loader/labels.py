@@ -16,7 +16,7 @@ logger = logging.getLogger("streamaug")
 
 
 class Labels:
-    """Writes the stream's labels as the real loader writes its own: int [n], one-hot or soft [n, classes].
+    """Writes the stream's labels as the real loader writes its own: int [n] or [n, 1], one-hot or soft [n, classes].
 
     `stream_classes` and `real_classes` are the class names in label order, or None where unknown. The same
     names in another order are mapped by name (said once in the log); different names raise MismatchError.
@@ -43,12 +43,7 @@ class Labels:
         """Raise MismatchError when the real labels cannot belong to the stream's classes."""
         if self.classes is None or len(real) == 0:
             return
-        if real.ndim == 2:
-            if real.shape[1] == 1 < self.classes and not real.is_floating_point():
-                raise MismatchError(
-                    f"the real labels are integers {list(real.shape)}, with an axis too many: labels.squeeze(1) in the "
-                    "dataset or collate_fn makes them [n]"
-                )
+        if real.ndim == 2 and not is_column(real, self.classes):
             if real.shape[1] != self.classes:
                 raise MismatchError(
                     "the number of classes differs:\n"
@@ -76,20 +71,36 @@ class Labels:
             label, label_b = self.mapping[label], self.mapping[label_b]
         mixed = np.asarray(synthetic.label_mix) > 0
         soft = like.ndim == 2 and like.is_floating_point()
+        column = is_column(like, self.classes)
         if mixed.any() and not soft:
             raise MismatchError(
                 f"the stream delivers mixed labels ({int(mixed.sum())} of {len(label)} in this batch) and "
-                f"the real labels are {_form(like)}, which cannot hold a mixture; yield float labels [n, "
+                f"the real labels are {_form(like, column)}, which cannot hold a mixture; yield float labels [n, "
                 "classes] (torch.nn.functional.one_hot(y, classes).float() in the dataset or collate_fn), "
                 "or use recipes that do not mix classes"
             )
-        if like.ndim == 1:
-            return torch.from_numpy(label).to(like.dtype)
+        if like.ndim == 1 or column:
+            integer = torch.from_numpy(label).to(like.dtype)
+            return integer[:, None] if column else integer
         rows = np.arange(len(label))
         weights = np.zeros((len(label), like.shape[1]), dtype=np.float32)
         weights[rows, label] = 1.0 - synthetic.label_mix
         np.add.at(weights, (rows, label_b), synthetic.label_mix)
         return torch.from_numpy(weights).to(like.dtype)
+
+
+def is_column(labels: torch.Tensor, classes: int | None) -> bool:
+    """Whether labels [n, 1] are integers, as DALI's readers give them, and not the one-hot rows of a single class."""
+    if labels.ndim != 2 or labels.shape[1] != 1 or labels.is_floating_point():
+        return False
+    return classes != 1 or not bool(labels.any())
+
+
+def integers(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Integer labels [n] of labels in any form that is accepted."""
+    if labels.ndim == 1:
+        return labels
+    return labels[:, 0] if is_column(labels, classes) else labels.argmax(1)
 
 
 def find_attribute(dataset: Any, name: str) -> Any:
@@ -114,8 +125,8 @@ def class_names_of(dataset: Any) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
-def _form(labels: torch.Tensor) -> str:
-    kind = "one-hot integers" if labels.ndim == 2 else "integers"
+def _form(labels: torch.Tensor, column: bool) -> str:
+    kind = "one-hot integers" if labels.ndim == 2 and not column else "integers"
     return f"{kind} ({str(labels.dtype).removeprefix('torch.')})"
 
 

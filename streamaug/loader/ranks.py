@@ -35,6 +35,11 @@ def check_stream(stream: Any) -> None:
 
 def check_real(loader: Any) -> None:
     """Warn where every rank reads the whole real dataset."""
+    if in_group() and getattr(loader, "_shards_num", None) == 1:  # of DALI's iterators
+        logger.warning(
+            "each of the %d ranks reads all real images: give DALI's reader num_shards=world_size and shard_id=rank",
+            dist.get_world_size(),
+        )
     if not in_group() or not isinstance(loader, DataLoader) or hasattr(loader, "use_stateful_dataloader"):
         return  # the last: Accelerate has dealt with it
     if type(loader.batch_sampler) is not BatchSampler:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import BatchSampler
 
 from streamaug.errors import UsageError
 
@@ -26,16 +27,37 @@ class RealEpochs:
     resuming it sets that generator to what it was when the state was saved.
     """
 
+    kind = "plain"  # of the state that it saves
+
     def __init__(self, loader: Any):
         self.loader = loader
         # A loader that Accelerate prepared has both methods whatever it wraps, and says itself whether they work.
         self.has_state = getattr(loader, "use_stateful_dataloader", True) and all(
             callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")
         )
+        if self.has_state:
+            self.kind = "stateful"
         self.pulled = 0
         self.finished = False
         self._began: RandomState = {}
         self._resume: dict[str, Any] | None = None
+
+    def length(self) -> int:
+        """Batches in an epoch. Raises TypeError for a loader that cannot tell."""
+        return len(self.loader)
+
+    def images(self) -> tuple[int, int]:
+        """(images in an epoch, images per batch). Raises TypeError for a loader that cannot tell."""
+        size: Any = getattr(self.loader, "batch_size", None)
+        sampler: Any = getattr(self.loader, "sampler", None)
+        if type(getattr(self.loader, "batch_sampler", None)) is BatchSampler:
+            size, sampler = self.loader.batch_sampler.batch_size, self.loader.batch_sampler.sampler
+        if not size or not hasattr(sampler, "__len__"):
+            raise TypeError(
+                'the length under displaced="defer" follows from the batch_size and the length of the sampler; '
+                f"this {type(self.loader).__name__} lacks them"
+            )
+        return (self.length() * size if getattr(self.loader, "drop_last", False) else len(sampler)), size
 
     def epoch(self) -> Iterator[Any]:
         """Start the next epoch, or the rest of the one in which a loaded state was saved."""

@@ -16,14 +16,14 @@ VERSION = 2
 
 
 def identity(
-    real: Any, *, stateful: bool, mode: str, displaced: str, seed: int, epoch_steps: int | None, size: int
+    real: Any, *, kind: str, mode: str, displaced: str, seed: int, epoch_steps: int | None, size: int
 ) -> dict[str, Any]:
-    """Plain numbers and strings. `size`: images per batch where there is no real loader."""
+    """Plain numbers and strings. `kind`: of the real loader's state; `size`: images per batch where there is none."""
     own: dict[str, Any] = {"real_loader": None, "mode": mode, "displaced": displaced, "seed": seed}
     if real is None:
         return own | {"batch_size": size, "epoch_steps": epoch_steps}
     batch_size = getattr(real, "batch_size", None)
-    own |= {"real_loader": "stateful" if stateful else "plain", "batch_size": _number(batch_size), "real_images": None}
+    own |= {"real_loader": kind, "batch_size": _number(batch_size), "real_images": None}
     with contextlib.suppress(AttributeError, TypeError, NotImplementedError):  # without a dataset, or a length of it
         own["real_images"] = _number(len(real.dataset))
     return own

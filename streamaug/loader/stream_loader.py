@@ -16,13 +16,15 @@ import torch
 
 from streamaug.config import LoaderConfig
 from streamaug.errors import UsageError
-from streamaug.loader import arguments, deferring, state
+from streamaug.loader import arguments, state
 from streamaug.loader import batch as batches
 from streamaug.loader.batch import Key
 from streamaug.loader.compose import Composer, Fill, Options
+from streamaug.loader.dali_iterator import epochs_of
 from streamaug.loader.deferring import Deferred
 from streamaug.loader.frequencies import Classes
-from streamaug.loader.interleave import Share, say_resolution
+from streamaug.loader.interleave import Share, deferred_length, say_resolution
+from streamaug.loader.labels import integers
 from streamaug.loader.ranks import check_real, check_stream, own_state
 from streamaug.loader.ratios import Ratio, Shares, from_config
 from streamaug.loader.real import RealEpochs, samplers
@@ -45,8 +47,10 @@ class StreamLoader:
             ...
 
     real_loader: a DataLoader, StatefulDataLoader, torchdata Loader, or any iterable of batches of torch
-        tensors: (images, labels, ...) as tuple, list or named tuple, or a mapping. It is read unchanged and
-        never copied. None with `epoch_steps=` delivers synthetic batches only.
+        tensors: (images, labels, ...) as tuple, list or named tuple, or a mapping; or a DALI iterator over one
+        pipeline, [{"data": ..., "label": ...}], with images in either layout. It is read unchanged and never copied.
+        Labels are integers [n] or [n, 1], one-hot or soft [n, classes]. None with `epoch_steps=` delivers synthetic
+        batches only.
     ratio: synthetic share of the delivered batch in [0, 1), exact over time (the remainder is carried); or a
         function of the step (batches delivered so far), such as `ratios.warmup` and `ratios.cosine` make; or one
         share for each class, {"cat": 0.5, "default": 0.1}, by name or real label: of what is delivered of that class
@@ -120,7 +124,7 @@ class StreamLoader:
         self.seed = int(seed)
         self.with_ids = with_ids
         self.epoch_steps = epoch_steps
-        self._real = None if real_loader is None else RealEpochs(real_loader)
+        self._real = None if real_loader is None else epochs_of(real_loader)
         self._classes, self._class_counts = classes, class_counts
         self._stats = LoaderStats()
         options = Options(
@@ -192,12 +196,14 @@ class StreamLoader:
             assert self.epoch_steps is not None
             return self.epoch_steps
         if self._deferred is None:
-            return len(self._real.loader)
-        return deferring.length(self._real.loader, self._epoch_debt, self._shares.at, self._epoch_step)
+            return self._real.length()
+        rows, size = self._real.images()
+        return deferred_length(rows, size, self._epoch_debt, self._shares.at, self._epoch_step)
 
     def __getattr__(self, name: str) -> Any:
         """What is public and not the wrapper's own is the real loader's: dataset, batch_size, sampler, ..."""
-        if not name.startswith("_"):
+        # `next` of a DALI iterator would take a batch away from the loader.
+        if not name.startswith("_") and name != "next":
             if self._real is not None:
                 return getattr(self._real.loader, name)
             if name == "batch_size":
@@ -214,7 +220,7 @@ class StreamLoader:
         if self._step or self._resumed:
             raise UsageError("the real loader can be replaced before the first batch only")
         arguments.check_real_loader(real_loader)
-        self._real = RealEpochs(real_loader)
+        self._real = epochs_of(real_loader)
         if self._deferred is not None:
             self._deferred.size = _batch_size(real_loader)
 
@@ -223,7 +229,7 @@ class StreamLoader:
         ids [n] (None without `with_ids`)."""
         fields = batches.fields_of(batch)
         labels = fields[self._composer.layout_of(batch).label_key]
-        labels = labels.argmax(1) if labels.ndim == 2 else labels
+        labels = integers(labels, len(self.stream.class_names))
         names = self._composer.labels
         if names is not None and names.mapping is not None:
             labels = torch.from_numpy(np.argsort(names.mapping))[labels.cpu()]
@@ -393,7 +399,7 @@ class StreamLoader:
         return self.seed % 2**64, int(self.stream.rank), self._step
 
     def _make_converter(self, real: torch.Tensor | None, transform: Any, from_dataset: bool) -> Converter:
-        options = self._composer.options
+        options, layout = self._composer.options, self._composer.layout
         return Converter(
             real,
             self.stream.image_shape,
@@ -402,6 +408,7 @@ class StreamLoader:
             normalize=options.normalize,
             workers=options.transform_workers,
             batch_transform=options.batch_transform,
+            any_layout=layout is not None and layout.boxed,
         )
 
     def _follow_classes(self) -> None:
@@ -417,7 +424,9 @@ class StreamLoader:
 
         The real part is exact for a plain DataLoader (fast-forwarded, its random state put back) and as exact
         as torchdata's own for a StatefulDataLoader, which forgets the position of a `generator=` given to it
-        when the next epoch begins. The stream's part is None while no synthetic image was taken.
+        when the next epoch begins. A DALI iterator cannot be put back: raises StateError inside an epoch, and after a
+        resume between epochs it shuffles as a new one does (DALIStreamLoader is exact). The stream's part is None
+        while no synthetic image was taken.
         """
         self._check_open()
         if self._mid_step:
@@ -472,7 +481,7 @@ class StreamLoader:
     def _identity(self) -> dict[str, Any]:
         return state.identity(
             self.real_loader,
-            stateful=self._real is not None and self._real.has_state,
+            kind="" if self._real is None else self._real.kind,
             mode=self.mode,
             displaced=self.displaced,
             seed=self.seed,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from streamaug.errors import DataError, UsageError
-from streamaug.loader.appearance import Appearance, check, check_device, name_of, natural_scale
+from streamaug.loader.appearance import Appearance, channels_last, check, check_device, name_of, natural_scale
 from streamaug.loader.batch import memory_format
 from streamaug.loader.draws import SeededDraws
 from streamaug.loader.interleave import batch_seed, image_seeds
@@ -31,6 +31,7 @@ class Converter:
     device: uint8 [n, C, H, W] -> tensor [n, ...].
     normalize: (mean, std) per channel, for pixels scaled to [0, 1], used where no transform made floats. Bytes are
     moved to the device as they are; scaling, cast and layout are one pass of the `collect` kernel there.
+    any_layout: real images may be [n, H, W, C], and synthetic ones are turned to that at the end.
     real: a batch of real images; None converts to float32 in [0, 1] with nothing to agree with.
     Raises MismatchError when the outcome does not look like the real images, UsageError for a normalize that cannot be.
     """
@@ -45,6 +46,7 @@ class Converter:
         normalize: Normalize | None,
         workers: int | None = None,
         batch_transform: Callable | None = None,
+        any_layout: bool = False,
     ):
         if normalize is not None:
             _check_normalize(normalize)
@@ -79,7 +81,10 @@ class Converter:
             )
         if real is None and made.is_floating_point():
             self.dtype = made.dtype
+        self._turned = False
         if appearance is not None:
+            shape = tuple(made.shape[1:])
+            self._turned = any_layout and channels_last(shape) == appearance.shape != shape
             changed = transform is not None or batch_transform is not None
             note = f" (after {self._source}, given a {self._form})" if changed else ""
             check(appearance, Appearance.of(self._cast(made), note), from_dataset)
@@ -122,7 +127,7 @@ class Converter:
             pixels = pixels[:, 0] if grey else pixels
         if pixels.is_floating_point() and self.dtype.is_floating_point:
             pixels = pixels.to(self.dtype)
-        return pixels
+        return pixels.permute(0, 2, 3, 1) if self._turned else pixels
 
     def _collect(self, pixels: torch.Tensor) -> torch.Tensor:
         from streamaug.kernels.collect import collect

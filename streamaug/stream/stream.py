@@ -296,6 +296,11 @@ class Stream:
         return self._fleet.pids
 
     @property
+    def producers_on_gpu(self) -> bool:
+        """Whether any producer runs its model on a GPU."""
+        return self._fleet.placement.sides.producer_on_gpu
+
+    @property
     def ring_nbytes(self) -> int:
         """Shared memory that the ring takes."""
         return self._fleet.nbytes

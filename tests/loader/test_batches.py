@@ -204,7 +204,7 @@ def test_fields_are_found_by_the_keys_given():
         (lambda x, y: (x,), "a batch without labels"),
         (lambda x, y: (x, y.float()), "a batch without labels"),
         (lambda x, y: (y, y), "no images found"),
-        (lambda x, y: [{"data": x, "label": y}], r"sa.DALIStreamLoader\(pipeline, stream\)"),
+        (lambda x, y: [{"data": x, "label": y}] * 2, r"a batch of each of 2 DALI pipelines: .*over one pipeline"),
     ],
 )
 def test_a_batch_without_images_or_labels_is_refused(make, message):

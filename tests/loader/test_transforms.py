@@ -211,10 +211,25 @@ def test_classes_of_other_names_are_refused_unless_said_to_be_the_same():
     next(iter(StreamLoader(real, FakeStream(), 0.5, classes=DIGITS)))
 
 
-def test_integer_labels_with_an_axis_too_many_are_refused_with_what_removes_it():
+def test_integer_labels_in_a_column_stay_in_one():
     real = [(torch.rand(8, 1, 8, 8), torch.arange(8)[:, None])]
-    with pytest.raises(MismatchError, match=r"integers \[8, 1\], .* labels.squeeze\(1\)"):
-        list(StreamLoader(real, FakeStream(), 0.5))
+    loader = StreamLoader(real, FakeStream(), 0.5, with_ids=True)
+    _, labels, ids = batch = next(iter(loader))
+    made = ids >= 0
+    assert labels.shape == (8, 1) and labels[made][:, 0].tolist() == ids[made].tolist()
+    assert loader.labels_and_ids(batch)[0].tolist() == labels[:, 0].tolist()
+    with pytest.raises(MismatchError, match=r"cannot hold a mixture"):
+        list(StreamLoader(real, FakeStream(mixed=True), 0.5))
+    with pytest.raises(MismatchError, match="labels 3 to 10"):
+        list(StreamLoader([(torch.rand(8, 1, 8, 8), torch.arange(8)[:, None] + 3)], FakeStream(), 0.5))
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_of_a_single_class_a_column_of_zeros_is_labels_and_one_of_ones_is_one_hot(value):
+    real = [(torch.rand(8, 1, 8, 8), torch.full((8, 1), value))]
+    loader = StreamLoader(real, FakeStream(class_names=["all"]), 0.5)
+    [batch] = loader
+    assert batch[1].tolist() == [[value]] * 8 and loader.labels_and_ids(batch)[0].tolist() == [0] * 8
 
 
 @pytest.mark.parametrize("labels", [torch.arange(8) + 3, torch.arange(8) - 1, torch.rand(8, 12)])

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamaug.config import StreamConfig
 from streamaug.errors import MemoryTooSmall, ProducerError, StreamaugError, UsageError
@@ -164,6 +165,33 @@ def test_images_are_handed_out_on_the_gpu_that_is_asked_for(starved, machine):
         known = one.take(80)
     same = dict(zip(known.ids.tolist(), known.images, strict=True))
     assert len(seen) > 7 and all((image.numpy() == same[number]).all() for number, image in seen.items())
+
+
+class Queued(TorchDispatchMode):
+    """Torch's calls in this thread; whether each leaves the host free, were its tensors on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, bool] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        free = dict.fromkeys(("aten::empty", "aten::slice", "aten::lift_fresh"), True)  # the last is from_numpy's
+        free["aten::copy_"] = args[2:] == (True,) or (kwargs or {}).get("non_blocking", False)
+        name = func._schema.name
+        self.calls[name] = self.calls.get(name, True) and free.get(name, False)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory", ["cuda", "pinned"])
+def test_a_take_queues_its_copy_and_asks_the_device_for_nothing(memory, machine, on):
+    lay_out(machine, tensors=True)
+    on("cuda", "cuda:0")
+    with make_stream(engine=EMITTING, backend="local", memory=memory, deliver_on="cuda:0") as one:
+        one.take(8)
+        with Queued() as queued:
+            for _ in range(10):
+                one.take(12)
+    assert "aten::copy_" in queued.calls and all(queued.calls.values()), queued.calls
 
 
 def test_images_are_not_handed_out_on_a_gpu_that_is_not_there(machine):
@@ -537,6 +565,25 @@ def test_take_hands_out_images_on_a_gpu(starved, on):
         for _ in range(20):
             batch = one.take(12)
             assert batch.images.is_cuda and (batch.images[:, 0, 0, 0].cpu().numpy() == batch.ids % 251).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["local", "process"])
+@pytest.mark.parametrize("memory", ["cuda", "pinned"])
+def test_takes_in_steady_state_make_no_synchronising_call(backend, memory, on):
+    """As torch sees them; a profiler's trace, which shows every call of the runtime, is in test_bench_gpu.py."""
+    on("cuda", "cuda:0")
+    with make_stream(
+        engine=f"{__name__}:build_on_gpu", backend=backend, memory=memory, deliver_on="cuda", in_flight=2
+    ) as one:
+        for _ in range(5):
+            one.take(12)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            batches = [one.take(12) for _ in range(40)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all((batch.images[:, 0, 0, 0].cpu().numpy() == batch.ids % 251).all() for batch in batches)
 
 
 @pytest.mark.gpu
