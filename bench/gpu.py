@@ -1,8 +1,8 @@
-"""The GPU suite: `python -m bench.gpu --out DIR` measures kernels and engine in under nine minutes on one H100.
+"""The GPU suite: `python -m bench.gpu --out DIR` measures kernels, ring and engine in under nine minutes on one H100.
 
-Needs torch, triton and diffusers. DIR/gpu.json and DIR/gpu.txt are written anew after every case, goals beside what was
-found; a case that fails is recorded, one that would end too late is skipped, and the rest runs. `--device cpu --quick`
-runs the same code at tiny sizes. Not run on a GPU yet.
+Needs torch, triton and diffusers, and for the ring, which is left out otherwise, pydantic. DIR/gpu.json and DIR/gpu.txt
+are written anew after every case, goals beside what was found; a case that fails is recorded, one that would end too
+late is skipped, and the rest runs. `--device cpu --quick` runs the same code at tiny sizes. Not run on a GPU yet.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from streamaug.kernels.philox import normal
 from streamaug.kernels.rescale import rescale
 from streamaug.kernels.step import HISTORY, step, used_columns
 
-from bench import networks
+from bench import handoff, networks
 from bench.networks import GUIDANCE, KINDS
 from streamaug.sampling.denoisers.base import LoadSettings
 from streamaug.sampling.network import compiler
@@ -265,6 +266,24 @@ def _rescale(suite: Suite, shape: tuple[int, ...]) -> tuple[Functions, int]:
     return functions, out.nbytes + 4 * out.numel() // 2
 
 
+def ring(suite: Suite) -> Iterator[Case]:
+    """Batches from a producer on this device to a trainer on it (`handoff`), a thread and a process."""
+    for backend in ("local", "process"):
+        needed = 10 if backend == "local" else 20
+        for memory in ("cuda", "pinned") if suite.cuda else ("auto",):
+            what = {"figure": "bandwidth", "backend": backend, "memory": memory}
+            yield what, partial(_ring, suite, handoff.bandwidth, backend, memory), needed
+        # Sequence numbers are in the host's memory wherever images are.
+        what = {"figure": "latency", "backend": backend, "memory": "auto"}
+        yield what, partial(_ring, suite, handoff.latency, backend, "auto"), needed
+
+
+def _ring(suite: Suite, figure: Callable[..., Row], backend: str, memory: str) -> Row:
+    if find_spec("pydantic") is None:
+        return {"skipped": "needs pydantic"}
+    return figure(suite.device, backend, memory, quick=suite.quick)
+
+
 def engine(suite: Suite) -> Iterator[Case]:
     """Our sampler, uncompiled, beside diffusers' loop in the same dtype."""
     for kind in KINDS:
@@ -343,6 +362,7 @@ def _peak(suite: Suite, function: Callable[[], object]) -> float | None:
 PARTS: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "parity": parity,
     "kernels": kernels,
+    "ring": ring,
     "engine": engine,
     "memory": memory,
     "compiled": compiled,
@@ -407,6 +427,10 @@ def goals(parts: dict[str, Any]) -> list[Row]:
             for row in largest
             if row["kernel"] in ("step", "perturb", "emit")
         ),
+        ("take, share of a copy's bandwidth on the device", ">=", 0.9, _of(rows["ring"], "device_copy_over_take")),
+        ("take, share of a copy's bandwidth by the clock", ">=", 0.9, _of(rows["ring"], "copy_over_take")),
+        ("published to seen by the trainer, median, microseconds", "<=", 100.0, _of(rows["ring"], "latency_p50_us")),
+        ("synchronising calls in a take", "<=", 0.0, _of(rows["ring"], "synchronising_calls")),
         *(
             (f"defaults_ratio_b{row['batch']}, {row['kind']}", ">=", least, _of([row], "defaults_ratio"))
             for row in rows["compiled"]
