@@ -102,6 +102,8 @@ class Stream:
         except TypeError as error:
             raise UsageError(f"engine_options must be JSON: {error}") from None
         slots = -(-config.in_flight // config.producers)
+        if config.deliver_on != "cpu":
+            slots += 1  # an order need not wait until the GPU has copied the last take's images
         layout = Layout(planner.batch_size, self.image_shape, slots)
         environment = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         work = Work(engine, engine_options, planner.seed, config.threads, config.nice, environment, device)
