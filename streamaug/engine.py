@@ -123,10 +123,10 @@ class Engine:
         return pixels, scores, reasons
 
     @torch.no_grad()
-    def check_memory(self, free: int) -> None:
+    def check_memory(self, free: int, producers: int = 1) -> None:
         """Refuse a batch that cannot fit before any is made, by what an eighth and a quarter of one take.
 
-        free: bytes there are on the device. Raises MemoryTooSmall.
+        free: bytes there are on the device, which so many producers share. Raises MemoryTooSmall.
         """
         if not self.kinds:
             return
@@ -149,9 +149,10 @@ class Engine:
             return max(stage.bytes(min(n, most)) for most, stage in stages)
 
         log.info("a batch of %d takes about %s of memory, %s are free", size, human(int(needed(size))), human(free))
-        if needed(size) > free:
-            takes = f"takes about {human(int(needed(size)))}, and {human(free)} are free on {self.device}"
-            raise self._too_small(size, largest(needed, free, size), takes)
+        if needed(size) * producers > free:
+            each = f" in each of {producers} producers" if producers > 1 else ""
+            takes = f"takes about {human(int(needed(size)))}{each}, and {human(free)} are free on {self.device}"
+            raise self._too_small(size, largest(needed, free // producers, size), takes)
 
     def _peak(self, rehearse: Callable[[OrderBatch], None], order: OrderBatch, n: int) -> int:
         """Bytes that n of the order's images take at most."""
@@ -373,7 +374,7 @@ def build(options: dict[str, Any]) -> Engine:
     if measurable(device):
         free = free_on_gpu(device) if device.type == "cuda" else available("memfd")
         together = -(-config.stream.producers // max(len(config.stream.devices), 1))  # producers on one device
-        engine.check_memory(free // together)
+        engine.check_memory(free, together)
     return engine
 
 
