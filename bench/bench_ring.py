@@ -16,33 +16,26 @@ import numpy as np
 from streamaug.config import Recipe, StreamConfig
 from streamaug.orders import OrderBatch, Planner, Schedule
 from streamaug.stream import Stream
+from streamaug.stream.hashing import FillEngine
+from streamaug.stream.ring import Slot
 
 CORES = sorted(os.sched_getaffinity(0))
 BATCH, LARGE, SMALL = 64, (3, 224, 224), (1, 8, 8)
 WORK_SECONDS = 0.02
 
 
-class Engine:
+class Engine(FillEngine):
     """Fills the slot with one value, after as much arithmetic as `work` says."""
 
     def __init__(self, options: dict):
-        self.image_shape = tuple(options["image_shape"])
+        super().__init__(options)
         self.work = options.get("work", 0)
         self.seconds = options.get("seconds", 0)
-        self.stage_seconds: dict[str, float] = {}
 
-    def load_judge(self, version: int, state: np.ndarray) -> None:
-        pass
-
-    def make(self, order: OrderBatch, slot) -> int:
+    def make(self, order: OrderBatch, slot: Slot) -> int:
         compute(self.work)
         time.sleep(self.seconds)
-        slot.images[:] = order.k % 251
-        slot.ids[:] = order.images["id"]
-        slot.labels[:] = order.images["label"]
-        slot.source[:] = np.arange(len(order))
-        slot.scores[:] = 1.0
-        return len(order)
+        return super().make(order, slot)
 
 
 def build(options: dict) -> Engine:

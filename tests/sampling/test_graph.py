@@ -143,7 +143,6 @@ def test_a_network_that_cannot_be_captured_runs_without_and_says_so_once(monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_captured_graph_gives_the_bits_of_the_plain_loop():
     for scheduler in SCHEDULERS:
         plain, replayed = sampler(scheduler), sampler(scheduler, graph=True)

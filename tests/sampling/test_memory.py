@@ -207,6 +207,5 @@ def test_a_system_that_does_not_say_what_a_process_takes_refuses_nothing(prepare
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_peak_on_a_real_gpu_is_what_was_allocated():
     assert peak_bytes(lambda: torch.ones(64 * MB // 4, device=GPU), GPU) == pytest.approx(64 * MB, rel=0.05)
