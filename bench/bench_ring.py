@@ -188,6 +188,8 @@ def test_overlap_efficiency(benchmark):
 
         for _ in range(12):
             stream.take(4 * BATCH)  # what was made in advance does not count
+            stream.take(BATCH)
+            compute(units)  # meanwhile a batch is made, as in the last step: as many are ready at the end as here
             connected.append(seconds_of(train))
             until_full(stream)
             ask()
