@@ -26,7 +26,7 @@ from streamaug.filtering.judge import Judge, score_unjudged, unpack_state
 from streamaug.kernels.emit import emit
 from streamaug.orders import ORDER_DTYPE, OrderBatch
 from streamaug.sampling.cascade import AtSize, SecondStage, load_second_stage
-from streamaug.sampling.denoisers import LoadSettings, ModelInfo, inspect, load, load_scheduler, timing
+from streamaug.sampling.denoisers import LoadSettings, ModelInfo, inspect, load, load_scheduler, step_options, timing
 from streamaug.sampling.latents import row_conditioning, start_latents
 from streamaug.sampling.memory import (
     Enough,
@@ -385,7 +385,7 @@ def kinds_of(config: Config, guidance: str) -> list[OrderBatch]:
     """
     kinds = set()
     for recipe in config.recipes:
-        guided = guidance == "cfg" and recipe.guidance != (1.0, 1.0)
+        guided = guidance == "cfg" and recipe.guidance[1] > 1
         if recipe.weight > 0:
             kinds.add((guided, recipe.by_embedding, recipe.classifier_guidance[1]))
             if guided and config.model.guidance_interval != (0.0, 1.0):
@@ -454,7 +454,7 @@ def solver_settings(config: Config, info: ModelInfo) -> tuple[Any, dict[str, Any
     if "ddim" in config.bank.methods and setting(scheduler, "clip_sample"):
         overrides.setdefault("clip_sample", False)
     scheduler = configured(scheduler, overrides)
-    options = None if model.eta is None else {"eta": model.eta}
+    options = step_options(info, scheduler) if model.eta is None else {"eta": model.eta}
     return scheduler, options, timing(info, scheduler, model.steps)
 
 

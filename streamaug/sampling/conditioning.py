@@ -5,6 +5,7 @@ The text encoder is loaded here, used, and freed; a producer reads only the enco
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from streamaug.outputs import write_whole
 from streamaug.sampling import denoisers
 from streamaug.sampling.denoisers.base import ModelInfo
 from streamaug.sampling.denoisers.prompts import NULL, PromptTooLong
+
+_log = logging.getLogger("streamaug")
 
 _FORMAT = 1
 
@@ -47,30 +50,42 @@ def encode_prompts(
         raise ConfigError(f"model.class_tokens: {info.family} takes none; accepted are models of: {', '.join(having)}")
     each = len(prompts[0])
     texts = [text for of_class in prompts for text in of_class]
+    if hasattr(family, "cleaned"):
+        *texts, negative = family.cleaned(info, [*texts, negative])
+    _warn_of_equals(class_names, texts)
     tokens = [(file.name, _hash(file)) for file in class_tokens]
     key = json.dumps([_FORMAT, family.text_digest(info, variant), tokens, texts, negative])
     path = cache / f"prompts-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         return path
+
+    def named(position: int) -> str:
+        if position == len(texts):
+            return "model.negative_prompt"
+        return f"model.prompts: the prompt of class '{class_names[position // each]}'"
+
     device = device or torch.device("cpu")
     try:
         with_tokens = {"class_tokens": class_tokens} if class_tokens else {}
         encoded = family.encode_text(info, [*texts, negative], variant, device, **with_tokens)
     except PromptTooLong as error:
-        position = error.position
-        what = "model.negative_prompt"
-        if position < len(texts):
-            what = f"model.prompts: the prompt of class '{class_names[position // each]}'"
         raise ModelError(
-            f"{what} has {error.tokens} tokens, the text encoder takes {error.limit}: shorten the template or the name"
+            f"{named(error.position)} has {error.tokens} tokens, the text encoder takes {error.limit}: "
+            "shorten the template or the name"
         ) from None
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     tensors = {}
+    zero = not negative and hasattr(family, "null_is_zero") and family.null_is_zero(info)
     for name, rows in encoded.items():
+        broken = (~torch.isfinite(rows)).flatten(1).any(1).nonzero()
+        if len(broken):
+            raise ModelError(
+                f"{named(int(broken[0]))} is encoded as NaN or infinity: the text encoder of {info.path} is damaged"
+            )
         tensors[name] = rows[:-1].reshape(len(class_names), each, *rows.shape[1:]).contiguous()
-        tensors[NULL + name] = rows[-1].contiguous()
+        tensors[NULL + name] = torch.zeros_like(rows[-1]) if zero else rows[-1].contiguous()
     cache.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(tensors))
     return path
@@ -109,6 +124,20 @@ def _filled(templates: Sequence[str], name: str, key: str, *, optional: bool = F
             once = "at most once" if optional else "once"
             raise ConfigError(f"{key}.{position}: {template!r} needs {{}} {once}, where the class name goes")
     return [template.replace("{}", name) for template in templates]
+
+
+def _warn_of_equals(class_names: Sequence[str], texts: Sequence[str]) -> None:
+    """Says once which classes a model that is told these prompts cannot tell apart: those whose wordings are the same.
+
+    texts: as many of each class, one class after the other.
+    """
+    each = len(texts) // len(class_names)
+    first: dict[tuple[str, ...], str] = {}
+    for position, name in enumerate(class_names):
+        wording = tuple(texts[position * each : (position + 1) * each])
+        if first.setdefault(wording, name) != name:
+            _log.warning("classes '%s' and '%s' have the same prompt, '%s'", first[wording], name, wording[0])
+            return
 
 
 def _hash(file: Path) -> str:

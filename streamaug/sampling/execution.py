@@ -90,7 +90,7 @@ def evaluations_of(config: Config) -> float:
 
 def shapes_of(config: Config) -> int:
     """How many batch shapes the network sees: with the unconditional half, and without."""
-    guided = [recipe.guidance != (1.0, 1.0) for recipe in config.recipes if recipe.weight > 0]
+    guided = [recipe.guidance[1] > 1 for recipe in config.recipes if recipe.weight > 0]
     both = any(guided) and (not all(guided) or config.model.guidance_interval != (0.0, 1.0))
     return 1 + both
 

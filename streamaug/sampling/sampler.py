@@ -94,7 +94,7 @@ class Sampler:
         batch at a time.
         """
         solver = self.solver(order.start)
-        images = order.images
+        images = _at_least_unguided(order.images)
         doubled = self._doubled(images, solver)  # which evaluations need the unconditional half
         conditioning = self._conditionings(order, rows or {}, doubled)
         towards = self._classifier_inputs(images, solver)
@@ -133,8 +133,8 @@ class Sampler:
 
         A later capture could meet a trainer on the same GPU that draws random numbers, which torch does not allow.
         """
-        solver = self.solver(order.start)
-        doubled = self._doubled(order.images, solver)
+        solver, images = self.solver(order.start), _at_least_unguided(order.images)
+        doubled = self._doubled(images, solver)
         conditioning = self._conditionings(order, rows or {}, doubled)
         if isinstance(solver, SteppedSolver):
             for guided in dict.fromkeys(doubled):
@@ -145,11 +145,11 @@ class Sampler:
                 self.denoiser(given, timestep, conditioning[guided])
             return
         loop = self._loop(latents.shape, doubled, conditioning)
-        loop.begin(latents, order.images, solver, conditioning)
+        loop.begin(latents, images, solver, conditioning)
         for guided, after in dict.fromkeys(_with_next(doubled)):
             if on_evaluation:
                 on_evaluation()
-            if self.graphs is not None and (order.images["classifier_guidance"] == 0.0).all():
+            if self.graphs is not None and (images["classifier_guidance"] == 0.0).all():
                 self._replay(loop, guided, after)
             else:
                 loop.advance(guided, after)
@@ -306,6 +306,15 @@ class Sampler:
         assert self.classifier is not None and solver.clean is not None
         shift = classifier_shift(self.classifier, m0, labels, scale, float(solver.x0_scale[evaluation]))
         return shift / float(solver.clean[evaluation, 1])
+
+
+def _at_least_unguided(images: np.ndarray) -> np.ndarray:
+    """The images with guidance scales below 1 set to 1: to the pipelines of diffusers, too, they mean no guidance."""
+    if not (images["guidance"] < 1.0).any():
+        return images
+    found = images.copy()
+    found["guidance"] = np.maximum(found["guidance"], 1.0)
+    return found
 
 
 def _with_next(doubled: list[bool]) -> list[tuple[bool, bool]]:

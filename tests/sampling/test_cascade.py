@@ -109,7 +109,6 @@ def test_both_stages_equal_the_pipelines_one_after_the_other(model, guidance):
             negative_prompt=[NEGATIVE] * 2,
             guidance_scale=guidance,
             num_inference_steps=STEPS,
-            clean_caption=False,
             output_type="pt",
         ).images
     theirs = upscaled_by_pipeline(model, small, order, guidance)

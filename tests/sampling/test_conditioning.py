@@ -2,6 +2,7 @@
 
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from streamaug.config import Recipe
 from streamaug.errors import ConfigError, MissingExtra, ModelError
 from streamaug.orders import ORDER_DTYPE, OrderBatch, Planner, Schedule
 from streamaug.sampling.conditioning import encode_prompts, wordings
-from streamaug.sampling.denoisers import inspect, prompts, stable_diffusion
+from streamaug.sampling.denoisers import FAMILIES, inspect, prompts, stable_diffusion
 from streamaug.sampling.denoisers.prompts import PromptTable, prompt_conditioning
 from streamaug.sampling.memory import peak_bytes
 
@@ -75,6 +76,12 @@ def test_another_text_encoder_is_another_file(model, tmp_path):
     weights = tmp_path / "model" / "text_encoder" / "model.safetensors"
     save_file({name: value * 1.1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     assert encode_prompts(inspect(tmp_path / "model"), CLASSES, TEMPLATES, tmp_path) != again
+
+
+def test_prompts_are_cleaned_by_the_families_whose_pipelines_do():
+    for family in FAMILIES.values():
+        cleans = {hasattr(getattr(diffusers, name), "_text_preprocessing") for name in family.PIPELINES}
+        assert cleans == {hasattr(family, "cleaned")}, family.FAMILY
 
 
 def test_many_texts_are_encoded_as_alone(model):

@@ -130,6 +130,20 @@ def test_a_batch_in_which_every_scale_is_one_runs_without_the_unconditional_half
     assert shapes == [6, 6, 6]
 
 
+@pytest.mark.parametrize("name", ["ddim", "stepped"])
+def test_a_scale_below_one_is_no_guidance_as_in_the_pipelines(name, monkeypatch):
+    scheduler = SCHEDULERS.get(name) or DDIMScheduler(clip_sample=False, thresholding=True)
+    denoiser, shapes = adapter(CONDITIONAL, null_class=4), []
+    original = UNet2D.__call__
+    monkeypatch.setattr(UNet2D, "__call__", lambda self, x, t, c: (shapes.append(len(x)), original(self, x, t, c))[1])
+    found = [
+        Sampler(denoiser, scheduler, 3).sample(latents(2), orders(2, guidance=np.array(scales, np.float32)))
+        for scales in ([0.0, 0.5], [1.0, 1.0], [0.0, 3.0], [1.0, 3.0])
+    ]
+    assert shapes == [2] * 6 + [4] * 6
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
+
+
 def test_the_same_order_gives_the_same_bits_and_nearly_the_same_elsewhere_in_a_batch():
     sampler = Sampler(adapter(UNCONDITIONAL), SCHEDULERS["ddim"], 6)
     x = latents(5)

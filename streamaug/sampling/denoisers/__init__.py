@@ -1,5 +1,6 @@
 """Denoisers: one adapter per model family between a diffusers model and the sampler."""
 
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +23,11 @@ FAMILIES: dict[str, ModuleType] = {
     module.FAMILY: module for module in (unet2d, stable_diffusion, sdxl, dit, sd3, flux, deepfloyd_if)
 }
 """Each module has FAMILY, PIPELINES, inspect(path, index, image_size, variant) and load(info, settings); where there
-is one, REFUSED has the reason by pipeline, and adjust_scheduler(pipeline, scheduler) does what the pipeline does to it;
+is one, REFUSED has the reason by pipeline; adjust_scheduler(pipeline, scheduler) is what the pipeline makes of it;
 timing(info, scheduler, steps) is what the pipeline passes to `set_timesteps`, None for nothing;
+ETA is what the pipelines pass to a scheduler whose step takes an eta;
+cleaned(info, texts) is what the pipeline makes of prompts before it encodes them;
+null_is_zero(info) is whether zeros stand for a negative prompt that is not there;
 UPSCALERS and inspect_cascade(path, index, upscaler, image_size, variant) are for models that start a cascade."""
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "inspect",
     "load",
     "load_scheduler",
+    "step_options",
     "timing",
     "with_class_ids",
 ]
@@ -51,6 +56,7 @@ def inspect(
     upscaler: the folder of a cascade's second stage. Raises ModelError naming what is missing or not supported.
     """
     index = read_json(path, "model_index.json")
+    _refuse_code(path, index)
     pipeline = index.get("_class_name")
     supported = {name: module for module in FAMILIES.values() for name in module.PIPELINES}
     reasons = {name: reason for module in FAMILIES.values() for name, reason in getattr(module, "REFUSED", {}).items()}
@@ -81,11 +87,30 @@ def load_scheduler(path: Path, component: str = "scheduler") -> Any:
     pipeline = read_json(path, "model_index.json").get("_class_name")
     for family in FAMILIES.values():
         if pipeline in family.PIPELINES and hasattr(family, "adjust_scheduler"):
-            family.adjust_scheduler(pipeline, scheduler)
+            return family.adjust_scheduler(pipeline, scheduler)
     return scheduler
+
+
+def step_options(info: ModelInfo, scheduler: Any) -> dict[str, Any] | None:
+    """What the model's pipeline passes to `scheduler.step`, where the step's own default is another."""
+    family, eta = FAMILIES[info.family], signature(scheduler.step).parameters.get("eta")
+    if eta is None or getattr(family, "ETA", eta.default) == eta.default:
+        return None
+    return {"eta": family.ETA}
 
 
 def timing(info: ModelInfo, scheduler: Any, steps: int) -> dict[str, Any] | None:
     """What the model's pipeline passes to `scheduler.set_timesteps` besides the number of steps, if anything."""
     family = FAMILIES[info.family]
     return family.timing(info, scheduler, steps) if hasattr(family, "timing") else None
+
+
+def _refuse_code(path: Path, index: dict[str, Any]) -> None:
+    """Raises ModelError for a pipeline, or a part of it, that is a class of the folder's own."""
+    for part in ("_class_name", "scheduler", "unet", "transformer", "vae"):
+        named = index.get(part)
+        if isinstance(named, list) and (part == "_class_name" or named[0] not in (None, "diffusers")):
+            what = "the pipeline" if part == "_class_name" else part
+            raise ModelError(
+                f"{path}: {what} is a {named[-1]} of {named[0]}: code of its own, and none is run from a model folder"
+            )

@@ -273,21 +273,32 @@ def weight_files(path: Path, component: str, variant: str | None = None) -> list
         found = [file for file, stem in stems.items() if "." not in stem]
     if not found:
         variants = sorted({stem.partition(".")[2].partition("-")[0] for stem in stems.values() if "." in stem})
-        hint = f"; set model.variant to one of: {', '.join(variants)}" if variants else ""
+        pickled = sorted(file.name for file in (path / component).glob("*.bin"))
+        hint = ""
+        if variants:
+            hint = f"; set model.variant to one of: {', '.join(variants)}"
+        elif pickled:
+            hint = f", and {pickled[0]} is not read: it is pickled; save the pipeline with safe_serialization=True"
+        stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
         infix = f".{variant}" if variant else ""
         raise ModelError(
-            f"{path}: no {component}/diffusion_pytorch_model{infix}.safetensors; weights are read from safetensors "
-            f"only{hint}"
+            f"{path}: no {component}/{stem}{infix}.safetensors; weights are read from safetensors only{hint}"
         )
     return found
 
 
 def digest_of(path: Path, components: Sequence[str], variant: str | None = None, others: Sequence[Path] = ()) -> str:
-    """Hash of the configuration and weights of the named components, the scheduler's configuration and other files."""
+    """Hash of the configuration and weights of the named components, the scheduler's configuration and other files.
+
+    Also of the scheduler's class, where model_index.json names another than the configuration.
+    """
     files = [path / "scheduler" / "scheduler_config.json", *others]
     for component in components:
         files += [path / component / "config.json", *weight_files(path, component, variant)]
-    return digest_of_files(files)
+    digest, named = digest_of_files(files), _scheduler_name(path, "scheduler")
+    if named == read_json(path, "scheduler/scheduler_config.json").get("_class_name"):
+        return digest
+    return hashlib.sha256(f"{digest} {named}".encode()).hexdigest()[:16]
 
 
 def digest_of_files(files: Iterable[Path]) -> str:
@@ -355,10 +366,10 @@ def load_network(cls: Any, info: ModelInfo, component: str, *, dtype: torch.dtyp
 
 
 def saved_scheduler(path: Path, component: str = "scheduler") -> Any:
-    """The scheduler object a model folder was saved with."""
+    """The scheduler object a model folder was saved with, of the class that its model_index.json names."""
     import diffusers
 
-    name = read_json(path, f"{component}/scheduler_config.json").get("_class_name", "")
+    name = _scheduler_name(path, component)
     known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
     if name not in known:
         raise ModelError(f"{path}: the scheduler {name!r} is not one of diffusers'{nearest(str(name), known)}")
@@ -366,3 +377,9 @@ def saved_scheduler(path: Path, component: str = "scheduler") -> Any:
         return getattr(diffusers, name).from_pretrained(path / component)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{path}: the scheduler {name} cannot be made from its configuration: {error}") from None
+
+
+def _scheduler_name(path: Path, component: str) -> str:
+    """The class that model_index.json names, by which a pipeline goes; else that of the scheduler's configuration."""
+    _, named = read_json(path, "model_index.json").get(component) or (None, None)
+    return str(named or read_json(path, f"{component}/scheduler_config.json").get("_class_name", ""))

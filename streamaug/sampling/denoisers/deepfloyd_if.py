@@ -1,7 +1,6 @@
 """DeepFloyd IF: a cascade in pixel space, told by T5 tokens; a base model and a super-resolution stage.
 
-Prompts are lowercased and stripped, as the pipelines do; their optional clean-up of captions scraped from the web is
-left out. So are the safety checker and the watermarker: they are no part of sampling and are not loaded.
+The safety checker and the watermarker are no part of sampling and are not loaded.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from streamaug.errors import ModelError, nearest
+from streamaug.errors import MissingExtra, ModelError, nearest
 from streamaug.orders import OrderBatch
 from streamaug.sampling.denoisers.base import (
     Conditioning,
@@ -39,11 +38,13 @@ REFUSED = dict.fromkeys(
     "it is the second stage of a cascade; set model.upscaler to this folder and model.path to that of its base model, "
     f"{' or '.join(PIPELINES)}",
 )
+ETA = 0.0
 
 UPSCALED = "upscaled"  # the row by which `SuperResolution` is given the noised, enlarged images
 NOISING = "image_noising_scheduler"
 
 _TOKENS = 77  # what the pipelines pad a prompt to, and IF was trained with
+_PARTS = ("tokenizer", "text_encoder", "unet", "scheduler", "safety_checker", "feature_extractor", "watermarker")
 _WITHOUT_INPUTS = (None, "text")  # additional embeddings that need nothing but the tokens
 
 
@@ -185,11 +186,26 @@ def text_digest(info: ModelInfo, variant: str | None) -> str:
     return text_digest_of(info.path, ["text_encoder"], variant)
 
 
+def cleaned(info: ModelInfo, texts: Sequence[str]) -> list[str]:
+    """The texts as the pipeline tokenizes them: lowercased, and rid of what captions scraped from the web have in them.
+
+    By the pipeline's own method, which only lowercases and says so where beautifulsoup4 or ftfy is not installed.
+    Raises MissingExtra.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, info.pipeline)
+    try:
+        without_weights = cls(**dict.fromkeys(_PARTS), requires_safety_checker=False)
+    except ImportError:  # diffusers has a double of the class where there is no transformers
+        raise MissingExtra("transformers", "text") from None
+    return without_weights._text_preprocessing(list(texts), clean_caption=True)
+
+
 def encode_text(
     info: ModelInfo, texts: Sequence[str], variant: str | None, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """{"tokens": [N, L, D]} fp32, for both stages. Raises ModelError, and PromptTooLong."""
-    texts = [text.lower().strip() for text in texts]
+    """{"tokens": [N, L, D]} fp32, for both stages, of `cleaned` texts. Raises ModelError, and PromptTooLong."""
     return {"tokens": encode_t5(info.path, "text_encoder", texts, _TOKENS, variant=variant, device=device, masked=True)}
 
 

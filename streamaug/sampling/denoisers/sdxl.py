@@ -25,6 +25,7 @@ REFUSED = {
     "StableDiffusionXLInpaintPipeline": stable_diffusion.REFUSED["StableDiffusionInpaintPipeline"],
     "StableDiffusionXLInstructPix2PixPipeline": stable_diffusion.REFUSED["StableDiffusionInstructPix2PixPipeline"],
 }
+ETA = 0.0
 CLASS_TOKENS = True
 
 _CLASS_TOKEN_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -51,7 +52,7 @@ def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: 
 def text_digest(info: ModelInfo, variant: str | None) -> str:
     """Hash of what the encoded prompts depend on besides their texts."""
     index = read_json(info.path, "model_index.json")
-    return text_digest_of(info.path, _encoders(info.path, index), variant) + str(_empty_is_zero(index))
+    return text_digest_of(info.path, _encoders(info.path, index), variant) + str(null_is_zero(info))
 
 
 def encode_text(
@@ -61,7 +62,7 @@ def encode_text(
     device: torch.device,
     class_tokens: Sequence[Path] = (),
 ) -> dict[str, torch.Tensor]:
-    """{"tokens": [N, L, D], "pooled": [N, P]} fp32; an empty text's are 0 where model_index.json says so.
+    """{"tokens": [N, L, D], "pooled": [N, P]} fp32.
 
     Raises ModelError, and PromptTooLong rather than cutting a prompt short.
     """
@@ -84,12 +85,12 @@ def encode_text(
             class_tokens=vectors[_CLASS_TOKEN_NAMES[name]],
         )
         hidden.append(tokens)
-    encoded = {"tokens": torch.cat(hidden, dim=-1), "pooled": pooled}
-    if _empty_is_zero(index):
-        empty = torch.tensor([not text for text in texts])
-        for values in encoded.values():
-            values[empty] = 0
-    return encoded
+    return {"tokens": torch.cat(hidden, dim=-1), "pooled": pooled}
+
+
+def null_is_zero(info: ModelInfo) -> bool:
+    """Whether, where there is no negative prompt, zeros stand for it."""
+    return bool(read_json(info.path, "model_index.json").get("force_zeros_for_empty_prompt", True))
 
 
 def load(info: ModelInfo, settings: LoadSettings) -> "SDXL":
@@ -148,10 +149,6 @@ def _encoders(path: Path, index: dict[str, Any]) -> list[str]:
     if "text_encoder_2" not in there:
         raise ModelError(f"{path}: model_index.json names no text_encoder_2, which SDXL's pooled embedding comes from")
     return there
-
-
-def _empty_is_zero(index: dict[str, Any]) -> bool:
-    return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def _time_ids(info: ModelInfo, native: Any, settings: LoadSettings) -> tuple[list[float], list[float]]:

@@ -44,6 +44,7 @@ PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+ETA = 0.0
 CLASS_TOKENS = True  # prompts may use textual-inversion embeddings
 
 _OTHER_INPUTS = {
@@ -120,14 +121,15 @@ def latent_unet(
     )
 
 
-def adjust_scheduler(pipeline: str, scheduler: Any) -> None:
-    """Set, in place, what these pipelines override in old configurations, which clamped latents as if pixels."""
+def adjust_scheduler(pipeline: str, scheduler: Any) -> Any:
+    """The scheduler with what these pipelines override in old configurations, which clamped latents as if pixels."""
     if not pipeline.startswith("StableDiffusion"):
-        return
+        return scheduler
     wanted = {"steps_offset": 1, "clip_sample": False}
     changed = {key: value for key, value in wanted.items() if scheduler.config.get(key, value) != value}
     if changed:
         scheduler.register_to_config(**changed)
+    return scheduler
 
 
 def text_digest(info: ModelInfo, variant: str | None) -> str:

@@ -65,6 +65,16 @@ def inspect(path: Path, index: dict[str, Any], image_size: int | None, variant: 
     )
 
 
+def adjust_scheduler(pipeline: str, scheduler: Any) -> Any:
+    """The scheduler as the pipelines make it that are named after one: of that class, from the configuration."""
+    import diffusers
+
+    wanted = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}.get(pipeline)
+    if wanted is None or type(scheduler).__name__ == wanted:
+        return scheduler
+    return getattr(diffusers, wanted).from_config(scheduler.config)
+
+
 def _null_class(path: Path, classes: int) -> int | None:
     if not (path / OWN_SETTINGS).is_file():
         return None

@@ -24,7 +24,14 @@ Noise = Callable[[torch.Size], torch.Tensor]
 _END_INCLUDED = ("DDPMWuerstchenScheduler",)
 _STEP_ARGUMENTS = ("self", "model_output", "timestep", "sample")
 _NOT_OPTIONS = (*_STEP_ARGUMENTS, "generator", "variance_noise", "return_dict")
-_REFUSALS = (NotImplementedError, ValueError, UnboundLocalError, AssertionError, IndexError)
+_REFUSALS = (
+    NotImplementedError,
+    ValueError,
+    UnboundLocalError,
+    AssertionError,
+    IndexError,
+    torch.linalg.LinAlgError,
+)
 _PATCHED = threading.RLock()
 
 
@@ -96,7 +103,8 @@ class Driver:
             return None
         if self.scheduler.step_index is None:
             self.scheduler._init_step_index(self.timesteps[evaluation])
-        return self.scheduler.convert_model_output(model_output, sample=x)
+        with self._refusing():
+            return self.scheduler.convert_model_output(model_output, sample=x)
 
     def step(
         self, evaluation: int, model_output: torch.Tensor, x: torch.Tensor, noise: Noise
@@ -114,14 +122,19 @@ class Driver:
                 raise ModelError(f"{type(self.scheduler).__name__} draws noise twice in a step, which is not supported")
             return noise(shape)
 
+        with self._refusing(), self._noise_from(draw, x):
+            output = self.scheduler.step(model_output, t, x, return_dict=True, **self.options)
+        return output.prev_sample, getattr(output, "pred_original_sample", None)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Within it, what the scheduler cannot do is a ModelError."""
         try:
-            with self._noise_from(draw, x):
-                output = self.scheduler.step(model_output, t, x, return_dict=True, **self.options)
+            yield
         except _REFUSALS as error:
             raise ModelError(
                 f"{type(self.scheduler).__name__} cannot step with this configuration: {error or type(error).__name__}"
             ) from error
-        return output.prev_sample, getattr(output, "pred_original_sample", None)
 
     @contextlib.contextmanager
     def _noise_from(self, draw: Noise, x: torch.Tensor) -> Iterator[None]:

@@ -1,13 +1,17 @@
 """DeepFloyd IF's base model against its own pipelines, from the same latents and noise; the cascade's folders."""
 
 import json
+import logging
+import re
 import shutil
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, IFImg2ImgPipeline
+from diffusers import DDPMScheduler, IFImg2ImgPipeline, IFPipeline
 from harness import images_from_files
 from prompted import CLASSES, NEGATIVE, TEMPLATES, adapter, deviation, orders, sampler, texts_of
 from recorded import our_noise
@@ -58,7 +62,6 @@ def run(pipeline, order, guidance, **arguments):
             negative_prompt=[NEGATIVE] * len(order),
             guidance_scale=guidance,
             num_inference_steps=STEPS,
-            clean_caption=False,
             output_type="pt",
             **arguments,
         ).images
@@ -100,19 +103,52 @@ def test_each_image_has_its_own_guidance(model):
         assert deviation(ours[i], run(model.pipeline, order, float(scale))[i]) <= 1e-4
 
 
-def test_prompts_are_encoded_as_the_pipeline_encodes_them(published):
-    names = ["Cat", " a fire engine "]
-    path = encode_prompts(
-        inspect(published.folder), names, TEMPLATES, published.folder / "prompts", negative="Blurry, DARK"
-    )
-    ours = load_file(path)
+def caption_cleaning(monkeypatch, pipeline=IFPipeline, *, installed):
+    """Has the pipeline find beautifulsoup4 and ftfy, or not; where they are not there, it finds small doubles."""
+    module = sys.modules[pipeline.__module__]
+    if installed and not (module.is_bs4_available() and module.is_ftfy_available()):
+        tagless = lambda text, features: SimpleNamespace(text=re.sub("<[^>]*>", "", text))  # noqa: E731
+        fixed = SimpleNamespace(fix_text=lambda text: text.replace("ã¶", "ö"))
+        monkeypatch.setattr(module, "BeautifulSoup", tagless, raising=False)
+        monkeypatch.setattr(module, "ftfy", fixed, raising=False)
+    for name in ("is_bs4_available", "is_ftfy_available"):
+        monkeypatch.setattr(module, name, lambda: installed)
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["beautifulsoup4 and ftfy", "neither"])
+@pytest.mark.parametrize("pipeline", [IFPipeline, IFImg2ImgPipeline])
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(published, monkeypatch, tmp_path, pipeline, installed):
+    caption_cleaning(monkeypatch, pipeline, installed=installed)
+    theirs = pipeline(**published.pipeline.components, requires_safety_checker=False)
+    names = ["Cat", " a fire engine ", "<b>dog</b> &amp; http://a.com/dog.jpg SchÃ¶n @me"]
+    negative = "BLURRY, <i>dark</i> 200x300"
+    info = replace(inspect(published.folder), pipeline=pipeline.__name__)
+    ours = load_file(encode_prompts(info, names, TEMPLATES, tmp_path, negative=negative))
     for label, name in enumerate(names):
         for template, wording in enumerate(TEMPLATES):
-            theirs, negative = published.pipeline.encode_prompt(
-                wording.format(name), negative_prompt="Blurry, DARK", device=torch.device("cpu")
+            tokens, null = theirs.encode_prompt(
+                wording.format(name), negative_prompt=negative, device=torch.device("cpu"), clean_caption=True
             )
-            torch.testing.assert_close(ours["tokens"][label, template], theirs[0], atol=1e-5, rtol=0)
-            torch.testing.assert_close(ours["null.tokens"], negative[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours["tokens"][label, template], tokens[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours["null.tokens"], null[0], atol=1e-5, rtol=0)
+
+
+def test_prompts_that_were_not_cleaned_are_not_taken_for_cleaned_ones(published, monkeypatch, tmp_path):
+    made = {}
+    for installed in (True, False):
+        caption_cleaning(monkeypatch, installed=installed)
+        for name in ("cat", "<b>cat</b>"):
+            made[name, installed] = encode_prompts(inspect(published.folder), [name], ["a {}"], tmp_path)
+    assert made["<b>cat</b>", True] != made["<b>cat</b>", False]
+    assert made["<b>cat</b>", True] == made["cat", True] == made["cat", False], "one text, encoded once"
+
+
+def test_classes_that_cleaning_makes_one_are_named(published, monkeypatch, tmp_path, caplog):
+    caption_cleaning(monkeypatch, installed=True)
+    with caplog.at_level(logging.WARNING, logger="streamaug"):
+        encode_prompts(inspect(published.folder), ["猫", "cat", "犬"], ["a {}"], tmp_path)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "streamaug"]
+    assert said.startswith("classes '猫' and '犬' have the same prompt, 'a'")
 
 
 def test_a_prompt_that_the_encoder_cannot_take_whole_names_its_class(published):

@@ -34,6 +34,7 @@ from tiny.stable_diffusion import SCHEDULE, build, tiny_autoencoder
 from streamaug import config, engine
 from streamaug.errors import ModelError
 from streamaug.preparation import prepare
+from streamaug.sampling.conditioning import encode_prompts
 from streamaug.sampling.denoisers import LoadSettings, inspect, load
 from streamaug.sampling.denoisers.stable_diffusion import guidance_embedding
 from streamaug.sampling.sampler import Sampler
@@ -104,6 +105,33 @@ def test_an_old_schedulers_settings_are_corrected_as_the_pipeline_does(broken):
         pipeline = opened(StableDiffusionPipeline, broken)
     order, x = orders(2), noise((2, 4, 16, 16))
     assert deviation(sampler(broken, STEPS).sample(x, order), theirs(pipeline, order, x)) <= 1e-4
+
+
+def test_the_scheduler_is_of_the_class_that_the_pipelines_index_names(broken):
+    index = json.loads((broken / "model_index.json").read_text())
+    rewrite(broken, "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    pipeline = opened(StableDiffusionPipeline, broken)
+    order, x = orders(2), noise((2, 4, 16, 16))
+    engine = sampler(broken, STEPS)
+    assert type(engine.scheduler) is type(pipeline.scheduler) is EulerDiscreteScheduler
+    assert deviation(engine.sample(x * engine.schedule.initial_noise, order), theirs(pipeline, order, x)) <= 1e-4
+    digest = inspect(broken).digest
+    rewrite(broken, "model_index.json", scheduler=index["scheduler"])
+    assert inspect(broken).digest != digest
+
+
+@pytest.mark.parametrize("eta", [None, 0.4])
+def test_a_step_is_given_the_pipelines_eta_or_the_configured_one(models, monkeypatch, eta):
+    """TCD's step draws noise unless it is told otherwise, and the pipeline tells it."""
+    folder = models["epsilon"].folder
+    data = "data: {source: folder, root: images, image_size: 32, channels: 3}"
+    model = f"model: {{path: {folder}, scheduler: tcd, eta: {json.dumps(eta)}}}"
+    scheduler, options, _ = engine.solver_settings(config.parse(f"{data}\n{model}\n"), inspect(folder))
+    pipeline = opened(StableDiffusionPipeline, folder, scheduler=scheduler)
+    order, x = orders(2, guidance=4.0), noise((2, 4, 16, 16))
+    ours = Sampler(adapter(folder), scheduler, STEPS, options=options).sample(x, order)
+    give_our_noise(monkeypatch, scheduler, order)
+    assert deviation(ours, theirs(pipeline, order, x, **({} if eta is None else {"eta": eta}))) <= 1e-4
 
 
 def test_guidance_and_prompt_move_the_image_far_beyond_the_tolerance(models):
@@ -420,6 +448,9 @@ def test_another_size_equals_the_pipeline_at_that_size(models):
         ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "an inpainting UNet"),
         ("model_index.json", {"_class_name": "StableDiffusionDepth2ImgPipeline"}, "takes a depth map"),
         ("model_index.json", {"_class_name": "StableDiffusionPipelin"}, "did you mean 'StableDiffusionPipeline'?"),
+        ("model_index.json", {"_class_name": ["pipeline", "MyPipeline"]}, "code of its own"),
+        ("model_index.json", {"unet": ["my_unet", "MyUNet"]}, "unet is a MyUNet of my_unet: code of its own"),
+        ("model_index.json", {"scheduler": ["my_scheduler", "MyScheduler"]}, "code of its own"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_with_the_reason(broken, name, values, part):
@@ -434,7 +465,7 @@ def test_a_model_of_another_kind_is_refused_with_the_reason(broken, name, values
     [
         ("unet", "unet/config.json"),
         ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
-        ("text_encoder/model.safetensors", "text_encoder"),
+        ("text_encoder/model.safetensors", "no text_encoder/model.safetensors"),
         ("tokenizer", "no tokenizer in tokenizer"),
     ],
 )
@@ -446,6 +477,23 @@ def test_a_missing_part_is_named(broken, missing, part):
     with pytest.raises(ModelError) as caught:
         inspect(broken)
     assert part in str(caught.value)
+
+
+def test_weights_that_are_pickled_alone_are_refused(broken):
+    for component, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        (weights,) = (broken / component).glob("*.safetensors")
+        weights.rename(broken / component / f"{stem}.bin")
+        with pytest.raises(ModelError, match=rf"{stem}\.bin is not read: it is pickled.*safe_serialization=True"):
+            inspect(broken)
+        (broken / component / f"{stem}.bin").rename(weights)
+
+
+def test_a_text_encoder_that_gives_nan_is_refused(broken, tmp_path):
+    weights = broken / "text_encoder" / "model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match="the prompt of class 'cat' is encoded as NaN or infinity"):
+        encode_prompts(inspect(broken), ["cat"], ["a {}"], tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_weights_of_a_text_encoder_that_do_not_fit_are_refused(broken):

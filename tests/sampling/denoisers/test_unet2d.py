@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -48,6 +49,18 @@ def scheduler_of(name, prediction, **settings):
 
 def drawn(order, stream=0):
     return normal(torch.from_numpy(order.images["id"].copy()), SHAPE, seed=0, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "made"), [("DDIMPipeline", "DDIMScheduler"), ("DDPMPipeline", "EulerDiscreteScheduler")]
+)
+def test_a_pipeline_that_makes_its_scheduler_of_one_class_does_here(folder, tmp_path, pipeline, made):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = {"_class_name": pipeline, "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    file = copy / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | index))
+    theirs = getattr(diffusers, pipeline).from_pretrained(copy)
+    assert type(denoisers.load_scheduler(copy)).__name__ == type(theirs.scheduler).__name__ == made
 
 
 @pytest.mark.parametrize("name", ["DDPMPipeline", "DDIMPipeline"])

@@ -239,6 +239,11 @@ def test_what_a_scheduler_does_not_take_is_refused(arguments, message):
         (DDPMScheduler(variance_type="fixed_large_log"), "not finite.*use fixed_large"),
         (UniPCMultistepScheduler(solver_type="bh1"), "not finite at timestep 100.*set final_sigmas_type to sigma_min"),
         (EulerAncestralDiscreteScheduler(prediction_type="sample"), "cannot step with this configuration"),
+        (EDMDPMSolverMultistepScheduler(prediction_type="sample"), "Prediction type sample is not supported"),
+        (
+            UniPCMultistepScheduler(solver_order=3, use_beta_sigmas=True, lower_order_final=False),
+            "UniPCMultistepScheduler cannot step with this configuration.*singular",
+        ),
         (
             DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
             "not finite at timestep 999: rescale_betas_zero_snr leaves no signal",
