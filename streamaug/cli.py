@@ -276,7 +276,7 @@ def replay(
         raise UsageError("--rejected is for --ids: an export holds what was delivered")
     if export is None and id_range is not None:
         raise UsageError("--range is for --export: name the images of --ids one by one")
-    _need_folder(out if export is None else export)
+    _need_folder(out) if export is None else _need_folder(export, "--export")
     from streamaug import replay as replaying
     from streamaug.demo.view import make_view
 
@@ -340,13 +340,13 @@ def _load(config: str, overrides: list[str] | None, options: Mapping[str, object
     return load(config, [*(overrides or []), *given])
 
 
-def _need_folder(folder: Path) -> None:
+def _need_folder(folder: Path, option: str = "--out") -> None:
     """Create the folder, or say now rather than after the run that it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{folder}: a file, expected a folder; choose another --out") from None
+        raise UsageError(f"{folder}: a file, expected a folder; choose another {option}") from None
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+        raise UsageError(f"{folder}: cannot be written to ({error.strerror}); choose another {option}") from None

@@ -319,6 +319,7 @@ class StreamConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 64  # images per order batch, fixed for the whole run
     in_flight: Annotated[int, Field(ge=1)] = 4  # order batches issued ahead; independent of producers
     producers: Annotated[int, Field(ge=1)] = 1
+    shared: bool = False  # one set of producers for all ranks of this machine, instead of one for each
     backend: Literal["auto", "local", "process"] = "auto"
     start_method: Literal["auto", "spawn", "forkserver"] = "auto"  # of producers' processes
     threads: Annotated[int, Field(ge=1)] = 1  # CPU threads per producer
@@ -337,6 +338,12 @@ class StreamConfig(Section):
     hang_timeout: Annotated[float, Field(gt=0)] = 120.0  # seconds before a hung producer is replaced
     kernels: Literal["auto", "torch", "triton"] = "auto"
     manifest: ConfigPath | None = None  # record of deliveries for `streamaug replay`; of several ranks: .rankN
+
+    @model_validator(mode="after")
+    def _processes_are_shared(self) -> "StreamConfig":
+        if self.shared and self.backend == "local":
+            raise ValueError("shared needs producers that are processes, and backend local has none: process works")
+        return self
 
 
 class LoaderConfig(Section):

@@ -4,6 +4,7 @@ A batch is executed as the producer executed it, whole and with the same judge, 
 comes out is compared with what the manifest says of it.
 """
 
+import errno
 import io
 import json
 import logging
@@ -11,7 +12,8 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 from PIL import Image
 
 from streamaug.bank import LatentBank
-from streamaug.errors import MismatchError, UsageError, nearest
+from streamaug.errors import MismatchError, StreamaugError, UsageError, nearest
 from streamaug.orders import REASONS, OrderBatch
 from streamaug.preparation import ENGINE
 from streamaug.progress import Progress
@@ -177,7 +179,8 @@ def replay(
     """Write these images as out/ID-CLASS.png; with `rejected` also those that the judge rejected, as
     ID-CLASS-REASON.png.
 
-    Raises UsageError for an id that the run never ordered, and what `Replayer` raises.
+    Raises UsageError for an id that the run never ordered, StreamaugError when the disk is full, and what `Replayer`
+    raises.
     """
     with Manifest(manifest) as found, Replayer(found, overrides=overrides, any_version=any_version) as replayer:
         wanted = _by_batch(found, ids)
@@ -220,7 +223,7 @@ def export(
 
     form: "png", files out/CLASS/ID.png, or "webdataset", .tar shards in which an image is ID.png, ID.cls (its class's
     number) and ID.json (all that its order says). Batches, or shards, that an interrupted call completed are not made
-    again.
+    again. Raises StreamaugError when the disk is full, and what `Replayer` raises.
     """
     with Manifest(manifest) as found, Replayer(found, overrides=overrides, any_version=any_version) as replayer:
         work = _Export(replayer, out, ids, progress)
@@ -321,13 +324,11 @@ class _Export:
             self.finished.add(name, contents[name])
 
     def _write_shard(self, name: str, ks: Sequence[int]) -> None:
-        temporary = self.out / f".{name}.part"
-        with tarfile.open(temporary, "w") as tar:
+        with _whole(self.out / name) as temporary, tarfile.open(temporary, "w") as tar:
             for k in ks:
                 for image in self._images(k):
                     _add_sample(tar, image, k, self.names)
                 self.progress.advance(self.counts[k])
-        os.replace(temporary, self.out / name)
 
 
 def _add_sample(tar: tarfile.TarFile, image: Made, k: int, names: Sequence[str]) -> None:
@@ -368,7 +369,7 @@ class _Finished:
 
     def add(self, part: str, content: str) -> None:
         self._done[part] = content
-        with open(self._path, "a") as file:
+        with _room_for(self._path), open(self._path, "a") as file:
             file.write(f"{part} {content}\n")
 
 
@@ -490,9 +491,34 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all when the process is killed; millions of files are not waited for one by one."""
+    with _whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` unless writing it fails. Raises StreamaugError when there is no room."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        with _room_for(path):
+            yield temporary
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StreamaugError(
+            f"{path}: cannot be written: {error.strerror}; make room there and run the same command again: what is "
+            "complete is not made again"
+        ) from None
 
 
 def _file_names(class_names: Sequence[str]) -> list[str]:

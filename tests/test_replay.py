@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,15 +20,15 @@ from streamaug import replay as replaying
 from streamaug.bank import LatentBank
 from streamaug.bank.edit import drop
 from streamaug.cli import app
-from streamaug.config import DataConfig, load
+from streamaug.config import DataConfig, StreamConfig, load
 from streamaug.data import load_splits
-from streamaug.errors import MismatchError, UsageError
+from streamaug.errors import MismatchError, StreamaugError, UsageError
 from streamaug.preparation import prepare
 from streamaug.progress import Silent
 from streamaug.replay import Replayer, export, relocated, replay, require_same_files
 from streamaug.stream import Stream, hashing
 from streamaug.stream.manifest import Manifest
-from streamaug.stream.rehearsal import make_stream
+from streamaug.stream.rehearsal import make_planner, make_stream
 
 ROOT = Path(__file__).parents[1]
 
@@ -266,6 +267,7 @@ def test_all_that_was_in_the_cache_moves_with_it(prepared, tmp_path):
     [
         ([], "give either --ids with the images to make again, or --export"),
         (["--ids", "1", "--export", "OUT"], "give either"),
+        (["--export", __file__], "a file, expected a folder; choose another --export"),
         (["--ids", "1,two"], "--ids two: an id is a whole number"),
         (["--export", "OUT", "--format", "jpg"], "--format jpg: accepted are png and webdataset"),
         (["--export", "OUT", "--rejected"], "--rejected is for --ids"),
@@ -286,6 +288,56 @@ def test_arguments_that_cannot_be_meant_are_refused(delivered, manifest, tmp_pat
 # Engines that are not ours.
 
 
+@pytest.mark.parametrize(("form", "files"), [("png", "*/*.png"), ("webdataset", "*.tar")])
+def test_a_disk_that_is_full_stops_an_export_with_a_message_and_it_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, form, files
+):
+    monkeypatch.setattr(replaying, "_SHARD_IMAGES", 16)
+    path, out = tmp_path / "run.manifest", tmp_path / "out"
+    with make_stream(manifest=path, backend="local") as stream:
+        stream.take(64)
+    export(path, out, form, ids=(0, 16), progress=Silent())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(StreamaugError, match=r"cannot be written: File too large; make room there and run"):
+            export(path, out, form, progress=Silent())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.rglob(".*.part"))
+    export(path, out, form, progress=Silent())
+    whole = tmp_path / "whole"
+    export(path, whole, form, progress=Silent())
+    written = {each.relative_to(whole): each.read_bytes() for each in whole.glob(files)}
+    assert len(written) >= 4 and all((out / name).read_bytes() == data for name, data in written.items())
+
+
+def test_images_in_colour_are_written_pixel_for_pixel_and_as_data_sets_are_read(tmp_path):
+    path, given = tmp_path / "run.manifest", {}
+    config = StreamConfig.model_validate({"batch_size": 8, "in_flight": 2, "backend": "local", "manifest": path})
+    options = {"image_shape": [3, 5, 7], "reject": 0.3}
+    with Stream(
+        make_planner(8),
+        engine="streamaug.stream.hashing:build",
+        engine_options=options,
+        image_shape=(3, 5, 7),
+        config=config,
+    ) as stream:
+        batch = stream.take(40)
+    for number, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images, strict=True):
+        given[number] = label, image.transpose(1, 2, 0).tobytes()
+    export(path, tmp_path / "png", "png", progress=Silent())
+    found = {int(each.stem): (int(each.parent.name), pixels_in(each)) for each in tmp_path.glob("png/*/*.png")}
+    assert found == given
+    export(path, tmp_path / "tar", "webdataset", progress=Silent())
+    found = {}
+    with tarfile.open(tmp_path / "tar/images-00000.tar") as tar:
+        for picture, number, _ in zip(*[iter(tar)] * 3, strict=True):
+            shown = Image.open(tar.extractfile(picture))
+            found[int(picture.name.removesuffix(".png"))] = int(tar.extractfile(number).read()), shown.tobytes()
+    assert found == given
+
+
 def test_a_batch_that_comes_out_otherwise_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "run.manifest"
     with make_stream(manifest=path, backend="local") as stream:
@@ -300,7 +352,7 @@ def test_a_batch_that_comes_out_otherwise_is_refused(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from streamaug.stream.rehearsal import make_stream
+from streamaug.stream.rehearsal import make_planner, make_stream
 with make_stream(manifest=sys.argv[1], judge=np.zeros(16, np.uint8), engine_options={"reject": 0.3}) as stream:
     for step in range(8):
         batch = stream.take(5)

@@ -6,9 +6,39 @@ import numpy as np
 
 from streamaug.errors import DataError, UsageError
 
+_SHOWN = 80  # characters of what was given
+
 
 def as_array(values: Any) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    if hasattr(values, "detach"):
+        tensor = values.detach().cpu()
+        try:
+            return tensor.numpy()
+        except TypeError:  # bfloat16 and the float8s, which numpy does not have
+            return tensor.float().numpy()
+    if isinstance(values, list | tuple) and values and hasattr(values[0], "detach"):
+        return np.array([as_array(value) for value in values])
+    return np.asarray(values)
+
+
+def _numbers(name: str, values: Any, dtype: type[int] | type[float]) -> np.ndarray:
+    """A copy as `dtype`. Raises UsageError for what is no number, or no whole one where `dtype` is int."""
+    try:
+        given = as_array(values)
+        if given.dtype.kind in ("biuf" if dtype is int else "biufO"):  # O: numbers with a None among them
+            with np.errstate(invalid="ignore"):
+                array: np.ndarray = given.astype(dtype)
+            if dtype is float or (array == given).all():
+                return array
+    except (TypeError, ValueError):
+        pass
+    kind = "whole numbers" if dtype is int else "numbers"
+    raise UsageError(f"{name}: needs {kind} in a list, an array or a tensor, got {_short(values)}")
+
+
+def _short(values: Any) -> str:
+    text = " ".join(repr(values).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def as_tensor(array: np.ndarray) -> Any:
@@ -30,8 +60,10 @@ def weights(name: str, values: Any, count: int) -> np.ndarray | None:
     """A copy as float64 [count], non-negative and not all 0; None stays None."""
     if values is None:
         return None
-    array = np.array(as_array(values), np.float64)
-    if array.shape != (count,) or not np.isfinite(array).all() or array.min() < 0 or array.sum() <= 0:
+    array = _numbers(name, values, float)
+    with np.errstate(over="ignore"):
+        total = array.sum()
+    if array.shape != (count,) or array.min() < 0 or not 0 < total < np.inf:
         raise UsageError(
             f"{name}: needs {count} finite weights of at least 0 that are not all 0, got "
             f"{list(array.shape)} values: {array.ravel()[:8].tolist()}"
@@ -41,9 +73,9 @@ def weights(name: str, values: Any, count: int) -> np.ndarray | None:
 
 def feedback(labels: Any, losses: Any, ids: Any, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [m], float64 [m]): the labels and losses of the images whose loss is finite."""
-    label = as_array(labels).astype(np.int64).ravel()
-    loss = as_array(losses).astype(np.float64).ravel()
-    lengths = [len(label), len(loss)] + ([] if ids is None else [len(as_array(ids).ravel())])
+    label = _numbers("feedback's labels", labels, int).ravel()
+    loss = _numbers("feedback's losses", losses, float).ravel()
+    lengths = [len(label), len(loss)] + ([] if ids is None else [_numbers("feedback's ids", ids, int).size])
     if len(set(lengths)) > 1:
         raise UsageError(f"feedback needs one loss (and one id) for each label, got lengths {lengths}")
     outside = label[(label < 0) | (label >= num_classes)]

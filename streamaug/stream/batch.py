@@ -70,6 +70,17 @@ class Recent:
         self._added = np.full(capacity, -1, np.int64)  # when, -1 for never
         self._clock = 0
         self._max_reuse = max_reuse
+        self._before: tuple[np.ndarray, np.ndarray, int] | None = None  # uses, added and clock as the call began
+
+    def begin(self) -> None:
+        """A call of take begins. What was added and served since the last one began is undone unless it was kept."""
+        if self._before is not None:
+            self._uses, self._added, self._clock = self._before
+        self._before = self._uses.copy(), self._added.copy(), self._clock
+
+    def keep(self) -> None:
+        """The call delivers what it has."""
+        self._before = None
 
     def add(self, batch: SynthBatch) -> None:
         """Remember fresh images in place of the oldest ones."""
@@ -77,6 +88,9 @@ class Recent:
         for begin in range(0, len(batch), capacity):
             part = batch[begin : begin + capacity]
             at = (self._clock + np.arange(len(part))) % capacity
+            self._added[at] = -1
+            if self._before is not None:
+                self._before[1][at] = -1  # what is written over here does not come back
             for field in fields(part):
                 getattr(self._store, field.name)[at] = getattr(part, field.name)
             self._uses[at] = 0

@@ -25,6 +25,7 @@ class _Call:
 
     out: SynthBatch
     filled: int = 0  # images copied
+    fresh: int = 0  # of these, out of slots
     waited: float = 0.0  # seconds
     receipts: list[Callable[[], None]] = field(default_factory=list)  # what to count when it ends
 
@@ -48,19 +49,26 @@ class Delivery:
         self._manifest = manifest
         self._config = config
         self._current: Planned | None = None
+        self._left = 0  # accepted images of batches that were opened, neither delivered yet nor dropped
         self._arrival = (np.zeros(0), np.zeros(0))  # of the current batch: ordered and accepted by class
         self._recent = self._new_recent()
 
     def take(self, n: int, waited: float = 0.0) -> SynthBatch:
         """n images, fewer only under `starved: real`. waited: seconds that the caller already waited for them."""
+        n = int(n)
         began, queues = time.monotonic(), self._dispatch.queues()
+        if self._recent is not None:
+            self._recent.begin()
         call = _Call(SynthBatch.around(self._fleet.new_images(n)), waited=waited)
         self._fill(call)
         if self._current is not None and self._current.offset == self._dispatch.slot(self._current).count:
             self._consume(self._current)
         self._dispatch.issue()  # after the copy, so that a producer that wakes up does not compete with it
+        if self._recent is not None:
+            self._recent.keep()
         for receipt in call.receipts:
             receipt()
+        self._left -= call.fresh
         self._recorder.took(n, began - waited, time.monotonic(), call.waited, queues)
         return call.out if call.filled == n else call.out[: call.filled]
 
@@ -104,18 +112,20 @@ class Delivery:
     def _open(self, batch: Planned) -> None:
         """Begin to deliver from it: it is recorded before its first image leaves."""
         slot = self._dispatch.slot(batch)
-        if self._manifest is not None:
-            self._manifest.opened(batch.order, slot, self._plan.judges)
-        if batch is not self._plan.undelivered[0]:
-            self._plan.undelivered.remove(batch)
-            self._plan.undelivered.appendleft(batch)
-        self._arrival = self._recorder.arrived(batch.order, slot)
-        self._current = batch
         if batch.offset > slot.count:
             raise StreamaugError(
                 f"batch {batch.order.k} was made again with {slot.count} accepted images, but {batch.offset} "
                 "had been delivered before: model, judge or execution plan are not what they were"
             )
+        if self._manifest is not None:
+            self._manifest.opened(batch.order, slot, self._plan.judges)
+        if batch is not self._plan.undelivered[0]:
+            self._plan.undelivered.remove(batch)
+            self._plan.undelivered.appendleft(batch)
+        left = slot.count - batch.offset
+        self._arrival = self._recorder.arrived(batch.order, slot)
+        self._current, self._left = batch, self._left + left
+        self._recorder.dropped(batch.offset)  # delivered before the run went on from a saved state
 
     def _consume(self, batch: Planned) -> None:
         """The current batch was delivered to its end: its slot is free."""
@@ -155,7 +165,7 @@ class Delivery:
         )
         if self._recent is not None:
             self._recent.add(out[here])
-        batch.offset, call.filled = batch.offset + m, begin + m
+        batch.offset, call.filled, call.fresh = batch.offset + m, begin + m, call.fresh + m
 
     def _serve_again(self, recent: Recent, call: _Call) -> bool:
         begin = call.filled
@@ -166,11 +176,10 @@ class Delivery:
 
     def drop_everything(self) -> None:
         """Forget what was planned and what was delivered lately. The plan is told by who calls this."""
-        if self._current is not None:
-            self._recorder.dropped(self._dispatch.slot(self._current).count - self._current.offset)
-            self._dispatch.free(self._current)
-            self._current = None
-        self._dispatch.drop_everything()
+        self._recorder.dropped(self._left)
+        self._left = 0
+        current, self._current = self._current, None
+        self._dispatch.drop_everything(current)
         self._recent = self._new_recent()
 
     def _new_recent(self) -> Recent | None:

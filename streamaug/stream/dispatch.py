@@ -32,7 +32,7 @@ class Dispatch:
         self._discard_arrivals()
         rings = self._fleet.rings
         for batch in self._plan.undelivered:
-            if 0 <= batch.number < rings[batch.ring].issued:
+            if self._drop_to[batch.ring] <= batch.number < rings[batch.ring].issued:
                 continue
             taken = [ring.issued - released for ring, released in zip(rings, self._released, strict=True)]
             at = self._turn % len(rings) if self._in_order else int(np.argmin(taken))
@@ -80,20 +80,30 @@ class Dispatch:
         """The next batch to deliver from: the first in order, or the first that is made; None when it is not made."""
         rings, waiting = self._fleet.rings, list(self._plan.undelivered)
         candidates = waiting[:1] if self._in_order else waiting
-        return next((one for one in candidates if 0 <= one.number < rings[one.ring].published), None)
+        return next((b for b in candidates if self._drop_to[b.ring] <= b.number < rings[b.ring].published), None)
 
     def slot(self, batch: Planned) -> Slot:
         return self._fleet.rings[batch.ring].slot(batch.number)
 
     def free(self, batch: Planned) -> None:
         """Its slot is no longer needed. Batches of one ring are freed in their order there."""
+        self._discard_arrivals()  # of those before it, which may have arrived since the last order
         self._released[batch.ring] = batch.number + 1
 
-    def drop_everything(self) -> None:
-        """Whatever was issued is not wanted any more: it is passed over, or discarded when it arrives."""
-        for at, ring in enumerate(self._fleet.rings):
-            self._drop_to[at] = ring.issued
-            self._fleet.skip_to(at, ring.issued)
+    def drop_everything(self, current: Planned | None) -> None:
+        """Whatever was issued is not wanted any more: it is passed over, or discarded when it arrives.
+
+        current: the batch that is being delivered from, whose slot is free at once. Batches that are still planned
+        after all, because what follows was refused or interrupted, are issued anew.
+        """
+        self._discard_arrivals()
+        rings, released = self._fleet.rings, list(self._released)
+        drop_to = [ring.issued for ring in rings] or self._drop_to  # there are none before the start
+        if current is not None:
+            released[current.ring] = current.number + 1
+        self._released, self._drop_to = released, drop_to  # at once, whatever interrupts
+        for at in range(len(rings)):
+            self._fleet.skip_to(at, drop_to[at])
         self._posts.clear()
 
     def queues(self) -> tuple[float, float]:

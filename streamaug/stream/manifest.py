@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import struct
 import time
 import weakref
@@ -40,6 +41,11 @@ _FRAME = struct.Struct("<BII")  # kind, bytes of the contents, checksum of kind,
 _RUN, _JUDGE, _BATCH, _POSITION = range(1, 5)
 _JUDGE_HEAD = struct.Struct("<q")  # version
 _BATCH_HEAD = struct.Struct("<qqII")  # k, judge version, accepted images, `check_of` them
+# Of a batch's or a position's record, wherever it is: what is compressed, and JSON objects, begin like this.
+_BEGINNING = re.compile(
+    rb"(?=%c.{%d}\x78\x01|%c.{%d}\{)" % (_BATCH, _FRAME.size + _BATCH_HEAD.size - 1, _POSITION, _FRAME.size - 1),
+    re.DOTALL,
+)
 _CHECKED_NBYTES = 65536  # of a batch's pixels, at least one image
 _IDENTITY = ("plan", "batch_size", "rank", "world_size", "judge_nbytes")
 _EVERYTHING = {"undelivered": [], "offsets": [], "next_k": -(1 << 63)}
@@ -299,13 +305,9 @@ class Manifest:
 
     def _refuse_damage(self) -> None:
         """A torn record is the last one: one that others follow was written whole and changed since."""
-        data = self._map
-        if self.end + _FRAME.size > len(data):
-            return
-        _, nbytes, _ = _FRAME.unpack_from(data, self.end)
-        if _frame_at(data, self.end + _FRAME.size + nbytes) is not None:
+        if self.end and _holds_frame_after(self._map, self.end):
             raise UsageError(
-                f"{self.path}: damaged at byte {self.end} of {len(data)}: restore it from a copy, or give the run "
+                f"{self.path}: damaged at byte {self.end} of {len(self._map)}: restore it from a copy, or give the run "
                 "another stream.manifest"
             )
 
@@ -396,6 +398,12 @@ def _frame_at(data: mmap.mmap | bytes, at: int) -> tuple[int, int, int, int] | N
     if end > len(data) or _checksum(kind, data[begin:end]) != checksum:
         return None
     return kind, begin, end, checksum
+
+
+def _holds_frame_after(data: mmap.mmap | bytes, at: int) -> bool:
+    """Whether a whole record of a batch or a position begins anywhere behind `at`: the length that is there may be
+    wrong."""
+    return any(_frame_at(data, found.start()) is not None for found in _BEGINNING.finditer(data, at + 1))
 
 
 def _checksum(kind: int, contents: bytes) -> int:

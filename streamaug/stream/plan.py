@@ -6,6 +6,7 @@ Batch k is fixed by what was known when the batch `in_flight` places before it h
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,12 @@ class Plan:
         self._first_judge = first_judge
         self._latest_judge = 0
         self._next_k = rank
-        self._weights: dict[int, Weights] = {}  # likewise
-        self._latest_weights = -1
+        self._steering = Steering(np.ones(planner.num_classes))
+        self._row_weights: np.ndarray | None = None
+        self._weights = {0: Weights(0, self._steering.classes(), None)}  # likewise
+        self._latest_weights = 0
         if first_judge is not None:
             self.judges[0] = first_judge
-        self._favour(None, None)
 
     @property
     def is_short(self) -> bool:
@@ -99,18 +101,30 @@ class Plan:
         return self._latest_judge
 
     def switch(self, classes: np.ndarray | None, rows: np.ndarray | None, first_k: int | None) -> None:
-        """Begin anew with other weights, at this rank's first batch from `first_k`, or after the last one planned."""
-        self.undelivered.clear()
-        self.empty_run = 0
-        self._favour(classes, rows)
-        if first_k is not None:
-            self._next_k = int(first_k) + (self._rank - int(first_k)) % self._world_size
+        """Begin anew with other weights, at this rank's first batch from `first_k`, or after the last one planned.
 
-    def _favour(self, classes: np.ndarray | None, rows: np.ndarray | None) -> None:
-        self._steering = Steering(np.ones(self._planner.num_classes) if classes is None else classes)
-        self._row_weights = rows
-        self._latest_weights += 1
-        self._weights = {self._latest_weights: Weights(self._latest_weights, self._steering.classes(), rows)}
+        Raises UsageError when first_k is no number of a batch.
+        """
+        if first_k is not None and not (isinstance(first_k, Integral) and first_k >= 0):
+            raise UsageError(f"replan: first_k is the number of a batch, from 0, got {first_k!r}")
+        k = self._next_k if first_k is None else int(first_k)
+        steering = Steering(np.ones(self._planner.num_classes) if classes is None else classes)
+        latest = self._latest_weights + 1
+        self._set(
+            Position(
+                undelivered=[],
+                offsets=[],
+                next_k=k + (self._rank - k) % self._world_size,
+                empty_run=0,
+                weights={latest: Weights(latest, steering.classes(), rows)},
+                latest_weights=latest,
+                row_weights=rows,
+                judges=self.judges,
+                latest_judge=self._latest_judge,
+                steering=steering,
+            ),
+            deque(),
+        )
 
     # Where it is.
 
@@ -137,18 +151,19 @@ class Plan:
 
     def go_to(self, position: Position, step: int) -> None:
         """Go on from there; step: calls of take there have been."""
-        self.empty_run = position.empty_run
-        self.judges = {} if self._first_judge is None else position.judges | {0: self._first_judge}
-        self._latest_judge = position.latest_judge
-        self._weights = position.weights
-        self._latest_weights = position.latest_weights
-        self._row_weights = position.row_weights
-        self._steering = position.steering
-        self._next_k = position.next_k
-        orders = (self._planner.batch(k, self._weights[plan], judge) for k, plan, judge in position.undelivered)
-        self.undelivered = deque(
+        orders = (self._planner.batch(k, position.weights[plan], judge) for k, plan, judge in position.undelivered)
+        undelivered = deque(
             Planned(order, step, offset) for order, offset in zip(orders, position.offsets, strict=True)
         )
+        self._set(position, undelivered)
+
+    def _set(self, position: Position, undelivered: deque[Planned]) -> None:
+        judges = {} if self._first_judge is None else position.judges | {0: self._first_judge}
+        # Nothing from here on can fail, or be interrupted by a signal: the plan is the old one or the new one.
+        self.undelivered, self.empty_run, self._next_k = undelivered, position.empty_run, position.next_k
+        self.judges, self._latest_judge = judges, position.latest_judge
+        self._weights, self._latest_weights = position.weights, position.latest_weights
+        self._row_weights, self._steering = position.row_weights, position.steering
 
     # What it asks of producers.
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -64,14 +64,15 @@ class Position:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], identity: Identity) -> "Position":
-        """Raises StateError when the state belongs to another run."""
+        """Raises StateError when the state belongs to another run, or is not whole."""
+        _require_whole(state)
         _require_same(state, identity)
         rows = None if state["row_weights"] is None else np.array(state["row_weights"], np.float64)
         weights = {
             int(version): Weights(int(version), np.array(classes, np.float64), rows)
             for version, classes in state["weights"].items()
         }
-        return cls(
+        position = cls(
             undelivered=[(k, plan, judge) for k, plan, judge in state["undelivered"]],
             offsets=list(state["offsets"]),
             next_k=state["next_k"],
@@ -83,6 +84,19 @@ class Position:
             latest_judge=state["latest_judge"],
             steering=Steering.from_state(state["steering"]),
         )
+        position._require_what_it_names(identity.judge_nbytes)
+        return position
+
+    def _require_what_it_names(self, judge_nbytes: int) -> None:
+        if len(self.undelivered) != len(self.offsets):
+            raise _not_whole(f"it has {len(self.undelivered)} undelivered batches and {len(self.offsets)} offsets")
+        for version in {self.latest_weights, *(plan for _, plan, _ in self.undelivered)} - self.weights.keys():
+            raise _not_whole(f"it names weights {version}, which it does not have")
+        for version in {self.latest_judge, *(judge for *_, judge in self.undelivered)} - self.judges.keys() - {0}:
+            raise _not_whole(f"it names judge {version}, which is not under 'tensors'")
+        for version, judge in self.judges.items():
+            if len(judge) != judge_nbytes:
+                raise _not_whole(f"judge {version} has {len(judge)} bytes, not {judge_nbytes}")
 
 
 _NAMES = {
@@ -94,9 +108,21 @@ _NAMES = {
 }
 
 
-def _require_same(state: Mapping[str, Any], identity: Identity) -> None:
+def _require_whole(state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping):
+        raise StateError(f"a saved state is the dict that state_dict gave; got {type(state).__name__} {state!r:.80}")
     if state.get("format") != _FORMAT:
         raise StateError(f"the saved state has format {state.get('format')!r}, this version reads format {_FORMAT}")
+    kept = {field.name for each in (Identity, Position) for field in fields(each)} - {"judges"} | {"tensors"}
+    for key in sorted(kept - state.keys()):
+        raise _not_whole(f"it has no {key!r}")
+
+
+def _not_whole(why: str) -> StateError:
+    return StateError(f"the saved state is not whole: {why}; save and load all that state_dict gives")
+
+
+def _require_same(state: Mapping[str, Any], identity: Identity) -> None:
     ours = asdict(identity)
     threads = ours.pop("threads")
     if state["latest_judge"] > 0 and all(judge > 0 for _, _, judge in state["undelivered"]):

@@ -1,12 +1,13 @@
 """The producer: takes orders from its ring, runs the engine on them and publishes what it made.
 
 `serve` is the loop, the same in a thread and in a process of its own. `python -m streamaug.stream.producer`
-is that process: it reads what to run as JSON from its standard input.
+is that process: it reads what to run as JSON from its standard input. Several rings are served in `producers.host`.
 """
 
 import contextlib
 import ctypes
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +34,7 @@ from streamaug.stream.faults import fault
 from streamaug.stream.ring import STAGES, Layout, Mailboxes, Ring, cuda
 from streamaug.stream.ring.emission import Emission
 from streamaug.stream.ring.memory import Memory
-from streamaug.stream.ring.pixels import attach
+from streamaug.stream.ring.pixels import Images, attach
 
 IDLE_SECONDS = 0.25  # what a lost wake-up costs at most
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"  # the trainer logs such lines again, at their level
@@ -42,61 +45,103 @@ _LOOK_SECONDS = 0.2  # how often a producer looks whether its trainer is still t
 def serve(ring: Ring, mailboxes: Mailboxes | None, wake: socket.socket, build: Callable[[], Engine]) -> None:
     """Build the engine and make orders until the trainer closes the ring. An exception is left in the
     ring."""
-    loop = _Loop(ring, mailboxes, wake)
+    end = End(ring, mailboxes, wake)
     try:
-        loop.run(build())
+        maker = Maker(build())
+        maker.admit(end)
+        while not ring.closing:
+            if end.has_order:
+                maker.make(end)
+            else:
+                end.beat()
+                wait([wake], IDLE_SECONDS)
     except BaseException as error:
-        if ring.closing:
-            return
-        ring.fail(type(error).__name__, str(error), traceback.format_exc(), loop.k)
-        hint(wake)
+        if not ring.closing:
+            end.fail(Failure.of(error, end.k))
 
 
-class _Loop:
+@dataclass(frozen=True)
+class Failure:
+    """An exception, as it is left in a ring."""
+
+    type: str
+    message: str
+    traceback: str
+    k: int | None  # the batch that was in work
+
+    @classmethod
+    def of(cls, error: BaseException, k: int | None) -> "Failure":
+        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)), k)
+
+
+class End:
+    """The producer's end of one ring."""
+
+    _serials = itertools.count()
+
     def __init__(self, ring: Ring, mailboxes: Mailboxes | None, wake: socket.socket):
         self.ring = ring
         self.mailboxes = mailboxes
         self.wake = wake
-        self.k: int | None = None  # the batch in work, for the error report
-        self._number = ring.published
-        self._judge_post: int | None = None
+        self.number = ring.published  # of the order that is made next
+        self.k: int | None = None  # the batch in work
+        self.deserted = False  # the trainer is gone
+        self.serial = next(self._serials)
 
-    def run(self, engine: Engine) -> None:
-        given, needed = tuple(engine.image_shape), tuple(self.ring.layout.image_shape)
+    @property
+    def has_order(self) -> bool:
+        return self.ring.issued > self.number and not self.ring.closing
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether nobody waits for the order that is made next."""
+        return self.deserted or self.ring.closing or self.number < self.ring.skipping_to
+
+    def beat(self) -> None:
+        self.ring.beat(time.monotonic_ns())
+
+    def fail(self, failure: Failure) -> None:
+        self.ring.fail(failure.type, failure.message, failure.traceback, failure.k)
+        hint(self.wake)
+
+
+class Maker:
+    """Makes orders with one engine, those of one ring or of several."""
+
+    def __init__(self, engine: Engine, alongside: Callable[[], None] | None = None):
+        """alongside: called whenever the engine says that work on a batch goes on."""
+        self._engine = engine
+        self._alongside = alongside
+        self._judge: tuple[int, int] | None = None  # the engine's: of which end, and its post there
+
+    def admit(self, end: End) -> None:
+        """Say that its orders are made from now on. Raises ValueError when the engine makes no images for this ring."""
+        given, needed = tuple(self._engine.image_shape), tuple(end.ring.layout.image_shape)
         if given != needed:
             raise ValueError(f"the engine makes images of shape {given}, the ring was laid out for {needed}")
-        faults.at(self._number)
+        faults.at(end.number)
         fault("before_ready")
-        self.ring.ready(time.monotonic_ns())
-        hint(self.wake)
-        while self._order_there():
-            self._make(engine)
+        end.ring.ready(time.monotonic_ns())
+        hint(end.wake)
 
-    def _order_there(self) -> bool:
-        """Wait for the next order; False when the ring closes."""
-        while not self.ring.closing:
-            if self.ring.issued > self._number:
-                return True
-            self.ring.beat(time.monotonic_ns())
-            wait([self.wake], IDLE_SECONDS)
-        return False
-
-    def _make(self, engine: Engine) -> None:
-        faults.at(self._number)
+    def make(self, end: End) -> None:
+        """Make the next order and publish what came of it."""
+        engine = self._engine
+        faults.at(end.number)
         fault("before_order")
-        slot = self.ring.slot(self._number)
+        slot = end.ring.slot(end.number)
         began = time.monotonic_ns()
         before = dict(engine.stage_seconds)
         count, abandoned = 0, False
         slot.reasons[:] = 0
-        slot.on_beat(self._beat)
+        slot.on_beat(partial(self._beat, end))
         try:
-            self._beat()
+            self._beat(end)
             order = slot.order
-            self.k = order.k
-            self._load_judge(engine, order.judge_version, slot.judge_post)
+            end.k = order.k
+            self._load_judge(end, order.judge_version, slot.judge_post)
             made = engine.make(order, slot)
-            count = self._arrived(made) if isinstance(made, Emission) else made
+            count = self._arrived(made, end) if isinstance(made, Emission) else made
             _check(count, slot.reasons, order)
         except Abandoned:
             count, abandoned = 0, True
@@ -106,34 +151,36 @@ class _Loop:
         spent = [int((engine.stage_seconds.get(name, 0.0) - before.get(name, 0.0)) * 1e9) for name in STAGES]
         slot.finish(count, abandoned=abandoned, began_ns=began, ended_ns=time.monotonic_ns(), stage_ns=spent)
         fault("before_publish")
-        self.ring.publish(self._number)
+        end.ring.publish(end.number)
         fault("after_publish")
-        hint(self.wake)
-        self._number += 1
-        self.k = None
+        hint(end.wake)
+        end.number += 1
+        end.k = None
 
-    def _arrived(self, emission: Emission) -> int:
+    def _arrived(self, emission: Emission, end: End) -> int:
         """Polled: waiting on the device would keep its host from everything else."""
         while not emission.done():
-            self._beat()
+            self._beat(end)
             time.sleep(_POLL_SECONDS)
         return emission.complete()
 
-    def _beat(self) -> None:
-        self.ring.beat(time.monotonic_ns())
-        if self.ring.closing or self._number < self.ring.skipping_to:
+    def _beat(self, end: End) -> None:
+        end.beat()
+        if self._alongside is not None:
+            self._alongside()
+        if end.is_unwanted:
             raise Abandoned
 
-    def _load_judge(self, engine: Engine, version: int, post: int) -> None:
-        """Use exactly the state that the order names: never an older one, never a newer one."""
-        if self.mailboxes is None or post == self._judge_post:
+    def _load_judge(self, end: End, version: int, post: int) -> None:
+        """Use exactly the state that the order names: never an older one, never a newer one, never another rank's."""
+        if end.mailboxes is None or (end.serial, post) == self._judge:
             return
-        state = self.mailboxes.read(post)
+        state = end.mailboxes.read(post)
         if state is None:
-            self._beat()  # it was overwritten because nobody wants the batch any more
+            self._beat(end)  # it was overwritten because nobody wants the batch any more
             raise RuntimeError(f"version {version} of the judge is not in the mailboxes")
-        engine.load_judge(version, state)
-        self._judge_post = post
+        self._engine.load_judge(version, state)
+        self._judge = end.serial, post
 
 
 def _check(count: int, reasons: np.ndarray, order: OrderBatch) -> None:
@@ -196,8 +243,25 @@ def run(spec: dict[str, Any], parent: int) -> NoReturn:
 
     spec: what `backends.ProcessProducer` wrote; its "fds" are descriptors of this process.
     """
-    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     wake = socket.socket(fileno=spec["fds"]["wake"])
+    enter(spec, parent, wake)
+    mapped = Mapped(spec)
+    with contextlib.ExitStack() as ends:
+
+        def build() -> Engine:
+            images = mapped.place(spec)
+            if images is not None:
+                ends.callback(images.close)
+            ends.enter_context(behind_the_trainer(spec["device"]))
+            return build_as_told(spec)
+
+        serve(mapped.ring, mapped.mailboxes, wake, build)
+    leave()
+
+
+def enter(spec: dict[str, Any], parent: int, wake: socket.socket | None) -> None:
+    """Make this process a producer's; `wake`: whose other end is the trainer's."""
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     die_with(parent)
     threading.Thread(target=_look_after, args=(parent, wake), name="streamaug-lifeline", daemon=True).start()
     if spec["nice"]:
@@ -205,32 +269,45 @@ def run(spec: dict[str, Any], parent: int) -> NoReturn:
     sys.path[:] = spec["sys_path"]
     faults.arm(spec["fault"])
     cuda.PROVIDER = spec["cuda"]
-    layout = Layout(**spec["layout"])
-    block = Memory.attach(spec["fds"]["ring"], layout.nbytes)
-    ring = Ring(block, layout)
-    mailboxes = None
-    if spec["mailboxes"] is not None:
-        count, nbytes = spec["mailboxes"]
-        memory = Memory.attach(spec["fds"]["mailboxes"], Mailboxes.nbytes(count, nbytes))
-        mailboxes = Mailboxes(memory, count, nbytes)
 
-    def prepare() -> None:
-        _seed(spec["seed"], spec["threads"])
 
-    with contextlib.ExitStack() as ends:
-
-        def build() -> Engine:
-            images = attach(spec["images"], block, layout.images_shape, spec["device"])
-            if images is not None:
-                ends.callback(images.close)
-                ring.place(images)
-            ends.enter_context(behind_the_trainer(spec["device"]))
-            return build_engine(spec["engine"], spec["options"], prepare)
-
-        serve(ring, mailboxes, wake, build)
+def leave() -> NoReturn:
+    """End this process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to clean up, and tearing an interpreter with torch down takes a second
+
+
+class Mapped:
+    """The memory of a ring and of its mailboxes, as `backends.Lane` describes them and passes their descriptors."""
+
+    def __init__(self, spec: dict[str, Any]):
+        self.layout = Layout(**spec["layout"])
+        self.memory = Memory.attach(spec["fds"]["ring"], self.layout.nbytes)
+        self.ring = Ring(self.memory, self.layout)
+        self.mailboxes: Mailboxes | None = None
+        self._posts: Memory | None = None
+        if spec["mailboxes"] is not None:
+            count, nbytes = spec["mailboxes"]
+            self._posts = Memory.attach(spec["fds"]["mailboxes"], Mailboxes.nbytes(count, nbytes))
+            self.mailboxes = Mailboxes(self._posts, count, nbytes)
+
+    def place(self, spec: dict[str, Any]) -> Images | None:
+        """Find the images where they are not simply in the ring's block; whoever calls closes them."""
+        images = attach(spec["images"], self.memory, self.layout.images_shape, spec["device"])
+        self.ring.place(images)
+        return images
+
+    def close(self) -> None:
+        """Give it back, once nothing looks into it any more."""
+        self.memory.close()
+        if self._posts is not None:
+            self._posts.close()
+
+
+def build_as_told(spec: dict[str, Any]) -> Engine:
+    """The engine, with the seeds and the threads that the trainer fixed."""
+    return build_engine(spec["engine"], spec["options"], partial(_seed, spec["seed"], spec["threads"]))
 
 
 def die_with(parent: int) -> None:
@@ -242,10 +319,11 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _look_after(parent: int, wake: socket.socket) -> None:
+def _look_after(parent: int, wake: socket.socket | None) -> None:
     """End this process when its parent has ended or the trainer's end of the socket is closed."""
     poll = select.poll()
-    poll.register(wake, getattr(select, "POLLRDHUP", 0))
+    if wake is not None:
+        poll.register(wake, getattr(select, "POLLRDHUP", 0))
     while os.getppid() == parent and not poll.poll(_LOOK_SECONDS * 1000):
         pass
     os._exit(1)

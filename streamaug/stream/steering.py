@@ -78,9 +78,11 @@ class Steering:
 def bounded(wanted: np.ndarray, base: np.ndarray, low: float, high: float) -> np.ndarray:
     """Shares proportional to `wanted` as far as each stays within [low, high] times its share of `base`.
 
-    All float64 [C], non-negative; the result sums to 1.
+    All float64 [C], the base non-negative; the result sums to 1. Where nothing is wanted it is the base.
     """
     base = base / base.sum()
+    if wanted.max() <= 0:
+        return base
     lower, upper = low * base, high * base
     wanted = np.maximum(wanted, 1e-9 * wanted.max())
     # The sum of clip(scale * wanted, lower, upper) grows with the scale, linearly between the points at which

@@ -25,7 +25,7 @@ from streamaug.stream.plan import Plan
 from streamaug.stream.position import Identity, Position
 from streamaug.stream.producers.backends import Work
 from streamaug.stream.producers.fleet import Fleet
-from streamaug.stream.ranks import own_rank
+from streamaug.stream.ranks import Meeting, own_rank
 from streamaug.stream.rates.recorder import Recorder
 from streamaug.stream.rates.reporter import Reporter
 from streamaug.stream.rates.stats import StreamStats
@@ -65,7 +65,8 @@ class Stream:
         anew; None when the engine's judge is its own affair. device: where the engine runs ("cpu", "cuda",
         "auto"), for backend auto. plan_extra: what images depend on besides the planner (digests of model,
         bank, judge), JSON. Rank r of `world_size` makes the batches k = r modulo world_size; by default they are those
-        of torch's default process group, if there is one.
+        of torch's default process group, if there is one. With `config.shared`, its ranks on one machine share the
+        producers: the one whose `start` comes first keeps them, and every n-th stream of a plan meets the others' n-th.
 
         Raises MemoryTooSmall when the ring cannot fit, UsageError when the arguments contradict each other.
         """
@@ -107,12 +108,18 @@ class Stream:
         layout = Layout(planner.batch_size, self.image_shape, slots)
         environment = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         work = Work(engine, engine_options, planner.seed, config.threads, config.nice, environment, device)
-        backend = _backend(config, device)
+        shared = config.shared and world_size > 1
         self._fleet = Fleet(
-            config, backend, layout, self._identity.judge_nbytes, work, trainer_device=config.deliver_on
+            config,
+            "process" if shared else _backend(config, device),
+            layout,
+            self._identity.judge_nbytes,
+            work,
+            trainer_device=config.deliver_on,
+            meeting=Meeting(self._identity.plan, rank) if shared else None,
         )
         self._manifest = self._open_manifest(engine, engine_options, plan_extra, device)
-        self._recorder = Recorder(self.class_names, config.producers)
+        self._recorder = Recorder(self.class_names, config.producers, self._fleet.sharers)
         self._dispatch = Dispatch(self._fleet, self._plan, self._recorder, config)
         self._delivery = Delivery(self._plan, self._dispatch, self._fleet, self._recorder, self._manifest, config)
         self._reporter = Reporter(self._fleet, self._plan, self._dispatch, self._recorder)
@@ -309,7 +316,8 @@ class Stream:
 
     @property
     def rate(self) -> float | None:
-        """Images per second that pass the judge when producers never wait; None before the first batch."""
+        """Images per second that pass the judge when producers never wait; None before the first batch. Of producers
+        that ranks share, this rank's part."""
         return self._recorder.rate()
 
     def sustainable(self, ratio: float) -> float | None:

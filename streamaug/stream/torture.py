@@ -33,6 +33,10 @@ from streamaug.stream.stream import Stream
 
 KINDS = ("fixed judge", "feedback", "live judge")
 GONE_SECONDS = 10.0  # five times what is promised: this machine may be busy
+DEEDS = (
+    *("producer killed", "producer terminated", "producer stopped", "producer raised", "trainer killed"),
+    *("loop broken off", "stream forgotten", "went back", "state loaded", "take interrupted", "pause", "fork"),
+)
 _STUCK_SECONDS = 180  # a call that takes longer is reported with all stacks, and ends the program
 _MEMORY_MB = 48.0  # growth after the first rounds beyond which memory counts as leaked
 
@@ -124,7 +128,7 @@ class Tormentor:
             if producer is None or self.stream is None or pid not in self.stream.producer_pids:
                 return  # it ended meanwhile, and the number may be somebody else's now
             what = str(self._rng.choice(["killed", "killed", "killed", "terminated", "stopped"]))
-            self._done[what] += 1
+            self._done[f"producer {what}"] += 1
             if what == "stopped":
                 _send(producer, signal.SIGSTOP)
                 self._ends.wait(self._rng.uniform(0.05, 1.6))  # up to twice hang_timeout
@@ -157,10 +161,11 @@ class Interrupted(BaseException):
 class Trainer:
     """Trains while producers are tormented, and does to the stream itself all that a trainer may do."""
 
-    ACTIONS = ("break", "forget", "go back", "load", "interrupt", "pause", "fork")
+    ACTIONS = ("loop broken off", "stream forgotten", "went back", "state loaded", "take interrupted", "pause", "fork")
 
     def __init__(self, run: Run, producers: int, rng: np.random.Generator, tormentor: Tormentor, done: Counter):
         self.images: list[list[Image]] = []  # by step
+        self.undone: list[tuple[int, list[list[Image]]]] = []  # a step, and the images from there to where it went back
         self._run = run
         self._producers = producers
         self._rng = rng
@@ -183,7 +188,7 @@ class Trainer:
                     except ProducerError as error:
                         if "the weights are rotten" not in str(error):
                             raise
-                        self._done["raised"] += 1
+                        self._done["producer raised"] += 1
                         stream.close()
                         stream = self._open(state)
             finally:
@@ -209,19 +214,20 @@ class Trainer:
             return stream
         action = str(self._rng.choice(self.ACTIONS))
         self._done[action] += 1
-        if action == "break":
+        if action == "loop broken off":
             stream.close()
             return self._open(state)
-        if action == "forget":
+        if action == "stream forgotten":
             self._tormentor.stream = None
             return self._open(state)  # the caller's name for the old one goes when it takes this one
-        if action == "go back":
+        if action == "went back":
             number, saved = self._saved
             stream.load_state_dict(saved)
+            self.undone.append((number, self.images[number:]))
             del self.images[number:]
-        elif action == "load":
+        elif action == "state loaded":
             stream.load_state_dict(state)
-        elif action == "interrupt":
+        elif action == "take interrupted":
             self._interrupt(stream)
         elif action == "pause":
             time.sleep(self._rng.uniform(0, 0.5))
@@ -273,8 +279,10 @@ def kill_a_trainer(run: Run, producers: int, rng: np.random.Generator) -> list[l
     assert victim.stdout is not None
     with victim, victim.stdout as output:
         pids = json.loads(output.readline())
-        time.sleep(rng.uniform(0, 4))
-        victim.kill()
+        try:
+            time.sleep(rng.uniform(0, 4))
+        finally:
+            victim.kill()
         lines = [line for line in output if line.endswith("\n")]
     until(lambda: not any(running(pid) for pid in pids), GONE_SECONDS, "producers of a killed trainer are running")
     images = [[(*fields[:-1], bytes.fromhex(fields[-1])) for fields in json.loads(line)["images"]] for line in lines]
@@ -285,6 +293,7 @@ def kill_a_trainer(run: Run, producers: int, rng: np.random.Generator) -> list[l
 
 
 def be_the_victim(run: Run, producers: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who kills it
     with run.open(disturbed=True, producers=producers) as stream:
         stream.start()
         until(lambda: len(stream.producer_pids) == producers, GONE_SECONDS, "not every producer was started")
@@ -303,12 +312,26 @@ class Report:
     images: int = 0
     done: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    interrupted: bool = False  # by Ctrl-C: the rounds before it count
+
+    @property
+    def exit_code(self) -> int:
+        if self.failures:
+            return 1
+        return 128 + signal.SIGINT if self.interrupted else 0
 
     def verdict(self) -> str:
         deeds = ", ".join(f"{what} {count}" for what, count in self.done.most_common())
-        lines = [f"{self.rounds} rounds, {self.images:,} images. What was done: {deeds or 'nothing'}.", *self.failures]
+        lines = [f"{_counted(self.rounds, 'round')}, {self.images:,} images. What was done: {deeds or 'nothing'}."]
+        if missing := [what for what in DEEDS if not self.done[what]]:
+            lines.append(f"What so short a time left out: {', '.join(missing)}.")
+        lines += self.failures
         if self.failures:
             return "\n".join([*lines, "verdict: FAILED"])
+        if self.interrupted:
+            lines.append("Interrupted: only whole rounds count.")
+        if not self.images:
+            return "\n".join([*lines, "verdict: none, no round was ended"])
         return "\n".join([*lines, "verdict: every image as in the undisturbed run, and nothing left behind"])
 
 
@@ -326,18 +349,19 @@ def torture(
     _open_and_close()
     before, memory_before = footprint(), 0.0
     ends = time.monotonic() + 60 * minutes
-    while time.monotonic() < ends:
-        number = report.rounds
-        run = Run.draw(seed + number, KINDS[number % 3], options or {})
-        _play(run, producers, min(time.monotonic() + round_seconds, ends), report, say)
-        if (after := _settled(before)) != before:
-            report.failures.append(f"round {number} left something behind: {before} before it, {after} after it")
-        if number == 2:
-            memory_before = memory_mb()
-        elif memory_before and memory_mb() - memory_before > _MEMORY_MB:
-            report.failures.append(f"round {number}: memory grew from {memory_before:.0f} to {memory_mb():.0f} MB")
-        if report.failures:
-            break
+    try:
+        while time.monotonic() < ends and not report.failures:
+            number = report.rounds
+            run = Run.draw(seed + number, KINDS[number % 3], options or {})
+            _play(run, producers, min(time.monotonic() + round_seconds, ends), report, say)
+            if (after := _settled(before)) != before:
+                report.failures.append(f"round {number} left something behind: {before} before it, {after} after it")
+            if number == 2:
+                memory_before = memory_mb()
+            elif memory_before and memory_mb() - memory_before > _MEMORY_MB:
+                report.failures.append(f"round {number}: memory grew from {memory_before:.0f} to {memory_mb():.0f} MB")
+    except KeyboardInterrupt:
+        report.interrupted = True
     return report
 
 
@@ -346,6 +370,7 @@ def _play(run: Run, producers: int, until_seconds: float, report: Report, say: C
     number, done = report.rounds, Counter[str]()
     rng = np.random.default_rng([run.seed, 1])
     images: list[list[Image]] = []
+    undone: list[tuple[int, list[list[Image]]]] = []
     try:
         if number % 4 == 1 and run.kind != "live judge":  # whose state is not JSON
             images = kill_a_trainer(run, producers or 2, rng)
@@ -354,12 +379,14 @@ def _play(run: Run, producers: int, until_seconds: float, report: Report, say: C
             with Tormentor(np.random.default_rng([run.seed, 2]), done) as tormentor:
                 trainer = Trainer(run, producers, rng, tormentor, done)
                 trainer.train(until_seconds)
-                images = trainer.images
+                images, undone = trainer.images, trainer.undone
             until(lambda: not any(map(running, tormentor.seen)), GONE_SECONDS, "producers are still running")
     except Exception as error:
         report.failures.append(f"round {number} ({run}): {type(error).__name__}: {error}")
-    difference = _first_difference(images, run.undisturbed(len(images)))
-    if difference is not None:
+    parts = [*undone, (0, images)]
+    expected = run.undisturbed(max(first + len(part) for first, part in parts))
+    differences = (_first_difference(part, expected, first) for first, part in parts)
+    if difference := next(filter(None, differences), None):
         report.failures.append(f"round {number} ({run}): {difference}")
     count = sum(map(len, images))
     report.rounds, report.images = number + 1, report.images + count
@@ -382,9 +409,10 @@ def _open_and_close() -> None:
         stream.take(1)
 
 
-def _first_difference(images: list[list[Image]], expected: list[list[Image]]) -> str | None:
-    for step, (got, wanted) in enumerate(zip(images, expected, strict=True)):
-        if got != wanted:
+def _first_difference(images: list[list[Image]], expected: list[list[Image]], first: int) -> str | None:
+    """images: of steps `first` and up; expected: of all steps."""
+    for step, got in enumerate(images, first):
+        if got != (wanted := expected[step]):
             same = ids(got) == ids(wanted)
             what = "the same ids with other contents" if same else f"ids {ids(got)}, not {ids(wanted)}"
             return f"step {step} delivered {what}"
@@ -397,9 +425,9 @@ def ids(images: list[Image]) -> list[int]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m streamaug.stream.torture", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long, 5 unless told")
+    parser.add_argument("--minutes", type=_minutes, default=5.0, help="how long, 5 unless told")
     parser.add_argument("--seed", type=int, default=None, help="of the chaos; drawn and printed unless told")
-    parser.add_argument("--producers", type=int, default=0, help="how many; 1 to 3, at random, unless told")
+    parser.add_argument("--producers", type=_producers, default=0, help="how many; 1 to 3, at random, unless told")
     parser.add_argument("--victim", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.victim:
@@ -410,7 +438,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     seed = int.from_bytes(os.urandom(3)) if chosen.seed is None else chosen.seed
     logging.getLogger("streamaug").setLevel(logging.ERROR)  # that producers die is no news here
-    print(f"seed {seed}, {chosen.producers or '1 to 3'} producers, {chosen.minutes:g} minutes", flush=True)
+    producers = _counted(chosen.producers, "producer") if chosen.producers else "1 to 3 producers"
+    print(f"seed {seed}, {producers}, {_counted(chosen.minutes, 'minute')}", flush=True)
 
     def say(line: str) -> None:
         faulthandler.dump_traceback_later(_STUCK_SECONDS, exit=True)  # armed anew by every round
@@ -420,7 +449,23 @@ def main(arguments: list[str] | None = None) -> int:
     report = torture(chosen.minutes, seed, chosen.producers, say=say)
     faulthandler.cancel_dump_traceback_later()
     print(report.verdict(), flush=True)
-    return 1 if report.failures else 0
+    return report.exit_code
+
+
+def _minutes(text: str) -> float:
+    if not 0 < (minutes := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"more than 0 minutes are needed, got {text}")
+    return minutes
+
+
+def _producers(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"0 draws 1 to 3, other numbers are positive; got {text}")
+    return number
+
+
+def _counted(number: float, thing: str) -> str:
+    return f"{number:g} {thing}" if number == 1 else f"{number:g} {thing}s"
 
 
 if __name__ == "__main__":

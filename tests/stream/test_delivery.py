@@ -205,6 +205,15 @@ def test_replan_without_a_first_batch_goes_on_after_the_last_one_planned():
         assert stream.take(1).ids[0] == 4 * 8
 
 
+@pytest.mark.parametrize("first_k", [-5, 2.5, "a", float("nan")])
+def test_a_replan_to_what_is_no_batch_is_refused_and_the_same_images_follow(first_k):
+    with make_stream(producers=2) as stream:
+        got = listed(stream, [13])
+        with pytest.raises(UsageError, match=f"first_k is the number of a batch, from 0, got {first_k!r}"):
+            stream.replan(first_k=first_k)
+        assert got + listed(stream, [40]) == undisturbed([53])
+
+
 # Figures.
 
 
@@ -253,6 +262,25 @@ def test_what_is_no_number_of_images_is_refused_and_nothing_happened(n):
         with pytest.raises(UsageError, match=f"n is a number of images from 0, got {n!r}"):
             stream.take(n)
         assert listed(stream, [3]) == undisturbed([3])
+
+
+@pytest.mark.filterwarnings("error")  # that a sum overflows, say
+def test_numbers_of_images_may_be_numpys_of_any_width():
+    with make_stream(backend="local") as stream:
+        got = [image for dtype in (np.uint8, np.int64) for _ in range(3) for image in listed(stream, [dtype(100)])]
+        assert got == undisturbed([600])
+        assert stream.stats().delivered == 600
+
+
+def test_a_batch_that_lost_images_since_it_was_delivered_from_is_an_error_each_time():
+    with make_stream(backend="local") as stream:
+        stream.take(6)
+        state = stream.state_dict()
+    with make_stream(backend="local", engine_options={"reject": 0.6}) as stream:
+        stream.load_state_dict(state)
+        for _ in range(2):
+            with pytest.raises(StreamaugError, match="batch 0 was made again with 3 accepted images, but 6 had been"):
+                stream.take(1)
 
 
 def test_a_closed_stream_says_so():

@@ -176,12 +176,16 @@ def test_deaths_with_progress_in_between_do_not_add_up():
 
 
 def test_a_stopped_producer_is_reported_and_then_replaced(tmp_path, caplog):
-    options = {"stop_at": 5, "once": str(tmp_path / "stopped")}
+    stopped = tmp_path / "stopped"
+    options = {"stop_at": 5, "once": str(stopped)}
     with make_stream(stall_timeout=0.4, hang_timeout=1.0, engine_options=options) as stream:
         images = listed(stream, [80])
         assert stream.stats().restarts == 1
     assert images == undisturbed([80])
-    assert "has made no progress for" in caplog.text and "replacing it" in caplog.text
+    said = {record.getMessage(): record.created - stopped.stat().st_mtime for record in caplog.records}
+    (reported,) = [seconds for line, seconds in said.items() if "has made no progress for" in line]
+    replaced = min(seconds for line, seconds in said.items() if "replacing it" in line)
+    assert 0.3 < reported < 5 * 0.4 and 0.9 < replaced < 5 * 1.0
 
 
 def test_slow_work_is_not_a_hang_as_long_as_it_beats(caplog):

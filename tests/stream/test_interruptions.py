@@ -78,3 +78,49 @@ def test_a_call_interrupted_at_many_places_leaves_no_trace(tmp_path, in_flight):
 @pytest.mark.parametrize("in_flight", [1, 2, 4])
 def test_a_call_interrupted_before_any_line_leaves_no_trace(tmp_path, in_flight):
     compare(tmp_path / "run.manifest", in_flight, every=1)
+
+
+REDIRECTIONS = {
+    "replan": lambda stream, state: stream.replan(first_k=100),
+    "load": lambda stream, state: stream.load_state_dict(state),
+}
+
+
+def redirected(name: str, place: int | None) -> tuple[list[int], bool]:
+    """(ids that follow a redirection which is interrupted as it enters a function for the `place`-th time, whether it
+    was)."""
+    calls = 0
+
+    def trace(frame, event, argument):
+        nonlocal calls
+        calls += "/streamaug/stream/" in frame.f_code.co_filename and frame.f_code.co_name != "<genexpr>"
+        if calls == place:
+            raise Interrupt
+
+    with make_stream(backend="local", engine_options={"reject": 0.3}, producers=2) as stream:
+        stream.take(13)
+        state, before = stream.state_dict(), sys.gettrace()
+        stream.take(17)
+        interrupted = place == 0
+        try:
+            if place is not None:
+                sys.settrace(trace)
+            if not interrupted:
+                REDIRECTIONS[name](stream, state)
+        except Interrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        return stream.take(40).ids.tolist(), interrupted
+
+
+@pytest.mark.parametrize("name", REDIRECTIONS)
+def test_a_redirection_interrupted_anywhere_did_not_happen_or_did(name):
+    (old, _), (new, _) = redirected(name, 0), redirected(name, None)
+    assert old != new
+    place, found = 1, []
+    while (outcome := redirected(name, place))[1]:
+        assert outcome[0] in (old, new), f"interrupted at call {place}"
+        found.append(outcome[0] == old)
+        place += 1
+    assert place > 10 and found == sorted(found, reverse=True)

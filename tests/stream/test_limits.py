@@ -164,7 +164,7 @@ def test_a_clock_that_jumps_has_no_effect_on_either_side(monkeypatch, caplog):
 
 
 def test_no_source_of_the_stream_reads_the_wall_clock():
-    for path in Path(streamaug.stream.__path__[0]).glob("*.py"):
+    for path in Path(streamaug.stream.__path__[0]).rglob("*.py"):
         reads = re.findall(r"time\.time(?:_ns)?\(|datetime", path.read_text())
         assert not reads, path.name
 

@@ -171,6 +171,24 @@ def test_a_byte_changed_before_the_end_is_refused_and_nothing_is_cut(tmp_path):
     assert path.read_bytes() == data
 
 
+def test_any_byte_of_a_record_before_the_last_may_be_changed_its_length_too_and_nothing_is_cut(tmp_path):
+    path = tmp_path / "run.manifest"
+    write(path, range(4))
+    whole = path.read_bytes()
+    with Manifest(path) as found:
+        begin, end = found.batches[1].at[1], found.batches[2].at[1]
+    for at in range(begin, end):
+        for bit in (0, 7):
+            data = bytearray(whole)
+            data[at] ^= 1 << bit
+            path.write_bytes(data)
+            with pytest.raises(UsageError, match=rf"damaged at byte {begin} of"):
+                Manifest(path)
+    with pytest.raises(UsageError, match="damaged"):
+        writer_of(path)
+    assert path.read_bytes() == data
+
+
 def test_what_is_no_manifest_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "notes"
     path.write_text("my notes")

@@ -212,6 +212,42 @@ def test_a_state_of_another_run_is_refused_with_both_values(options, text):
         assert stream.take(1).ids[0] in (0, 8, 16)  # and nothing happened to the stream
 
 
+def whole_state() -> dict:
+    """With feedback, and a judge that undelivered orders name."""
+    with make_stream(backend="local", judge=np.zeros(16, np.uint8)) as stream:
+        for number in range(3):
+            stream.take(11)
+            stream.feedback([0, 1, 2, 3], [1.0, 2.0, 3.0, 1.0 + number])
+            stream.publish_judge(np.full(16, number, np.uint8))
+        return stream.state_dict()
+
+
+@pytest.mark.parametrize("state", [None, 5, "state.json", []])
+def test_what_is_no_state_is_refused(state):
+    with make_stream(backend="local") as stream, pytest.raises(StateError, match="the dict that state_dict gave"):
+        stream.load_state_dict(state)
+
+
+def test_a_state_that_is_not_whole_is_refused_with_what_it_lacks_and_the_stream_stays_where_it_is():
+    state = whole_state()
+    judges, orders = state["tensors"], state["undelivered"]
+    broken = {
+        "it names judge 3, which is not under": {"tensors": {k: v for k, v in judges.items() if k != "judge_3"}},
+        "judge 2 has 5 bytes, not 16": {"tensors": judges | {"judge_2": judges["judge_2"][:5]}},
+        "it has 4 undelivered batches and 1 offsets": {"offsets": [0]},
+        "it names weights 99, which it does not have": {"undelivered": [[0, 99, 0], *orders[1:]]},
+    }
+    with make_stream(backend="local", judge=np.zeros(16, np.uint8)) as stream:
+        got = listed(stream, [5])
+        for message, change in broken.items():
+            with pytest.raises(StateError, match=message):
+                stream.load_state_dict(state | change)
+        for key in state.keys() - {"format"}:
+            with pytest.raises(StateError, match=f"it has no '{key}'"):
+                stream.load_state_dict({name: kept for name, kept in state.items() if name != key})
+        assert got + listed(stream, [30]) == undisturbed([35], judge=np.zeros(16, np.uint8))
+
+
 def test_a_state_of_another_format_is_refused():
     with (
         make_stream(backend="local") as stream,

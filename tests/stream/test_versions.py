@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from streamaug.errors import DataError, UsageError
+from streamaug.stream import arrays
 from streamaug.stream.steering import Steering, bounded
 
 from .fakes import digest_of, images_of, listed, make_planner, make_stream, pixels_of
@@ -120,6 +121,41 @@ def test_feedback_that_cannot_be_meant_is_refused(arguments, error, text):
         stream.feedback(*arguments)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_losses_have_the_dtype_that_training_has(dtype):
+    import torch
+
+    losses = torch.tensor([0.5, 2.0], dtype=getattr(torch, dtype), requires_grad=True)
+    for given in (losses, list(losses), losses.reshape(2, 1)):
+        labels, found = arrays.feedback(torch.tensor([0, 3], dtype=torch.int8), given, None, 4)
+        assert labels.tolist() == [0, 3] and found.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("labels", "losses", "message"),
+    [
+        (["cat", "dog"], [1, 2], r"feedback's labels: needs whole numbers .*, got \['cat', 'dog'\]"),
+        ([0.5, 1], [1, 2], r"feedback's labels: needs whole numbers .*, got \[0.5, 1\]"),
+        ([np.nan, 1], [1, 2], "feedback's labels: needs whole numbers"),
+        ([[0], [1, 2]], [1, 2, 3], "feedback's labels: needs whole numbers"),
+        (None, None, "feedback's labels: needs whole numbers .*, got None"),
+        ([0, 1], ["high", "low"], "feedback's losses: needs numbers"),
+        ([0, 1], np.array([1j, 2]), "feedback's losses: needs numbers"),
+    ],
+)
+def test_feedback_that_is_no_number_is_refused_and_not_rounded(labels, losses, message):
+    with pytest.raises(UsageError, match=message):
+        arrays.feedback(labels, losses, None, 4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("weights", [["a"] * 4, [[1, 2], [3]], [1e308] * 4, [np.nan] * 4, 3, [0] * 4, [1] * 3])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(UsageError, match="class_weights: needs"):
+        arrays.weights("class_weights", weights, 4)
+
+
 def test_a_judge_of_another_size_or_without_a_first_one_is_refused():
     with (
         make_stream(backend="local", judge=judge(0)) as stream,
@@ -149,6 +185,16 @@ def test_a_class_that_was_never_seen_keeps_its_share_and_a_class_of_weight_zero_
     shares = steering.classes()
     assert shares[2] == pytest.approx(1 / 3)
     assert shares[3] == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("losses", [[0, 0, 5], [-1, -1, 10], [0, 0, 0], [-1, -2, -3], [3e38, 1, 0]])
+def test_whatever_the_losses_are_shares_sum_to_one_within_bounds(losses):
+    steering = Steering(np.array([1.0, 1.0, 0.0]))
+    steering.observe(np.arange(3), np.array(losses, float))
+    shares = steering.classes() / steering.classes().sum()
+    assert shares[2] == 0
+    assert ((shares[:2] >= 0.25) & (shares[:2] <= 1)).all()
 
 
 def test_delivered_classes_follow_the_target_when_acceptance_differs():

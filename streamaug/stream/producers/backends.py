@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from streamaug.stream.engine import Engine
 from streamaug.stream.producer import behind_the_trainer, build_engine, serve
@@ -54,6 +54,21 @@ class Lane:
     starter: Starter | None = None  # of processes
     images: Images | None = None  # where they are not simply in `memory`
 
+    def spec(self) -> dict[str, Any]:
+        """What a process must know of it, as JSON; its descriptors come apart from that."""
+        return {
+            "layout": asdict(self.layout),
+            "mailboxes": self.mailboxes_shape,
+            "images": None if self.images is None else self.images.share(),
+        }
+
+    def fds(self) -> dict[str, int]:
+        assert self.memory.fd is not None
+        fds = {"ring": self.memory.fd, "wake": self.wake_producer.fileno()}
+        if self.mailboxes_memory is not None and self.mailboxes_memory.fd is not None:
+            fds["mailboxes"] = self.mailboxes_memory.fd
+        return fds
+
     def close(self) -> None:
         self.wake.close()
         self.wake_producer.close()
@@ -73,6 +88,19 @@ class Work:
     nice: int
     environment: Mapping[str, str] = field(default_factory=dict)  # besides the trainer's own
     device: str = "cpu"  # cpu, cuda or cuda:1, as the producer itself counts
+
+    def spec(self, incarnation: int) -> dict[str, Any]:
+        """What a process must know of it, as JSON; its environment comes apart from that."""
+        return {
+            "engine": self.engine,
+            "options": self.options,
+            "seed": self.seed,
+            "threads": self.threads,
+            "nice": self.nice,
+            "fault": os.environ.get("STREAMAUG_FAULT") if incarnation == 0 else None,
+            "device": self.device,
+            "cuda": cuda.PROVIDER,
+        }
 
 
 class Producer(Protocol):
@@ -154,15 +182,10 @@ class ThreadProducer:
         return "its thread ended"
 
 
-class ProcessProducer:
-    """Backend `process`: `streamaug.stream.producer` in a process of its own."""
+class Program:
+    """A program that the trainer runs in a process of its own, over all its incarnations."""
 
-    can_restart = True
-    thread: threading.Thread | None = None
-
-    def __init__(self, lane: Lane, work: Work):
-        self._lane = lane
-        self._work = work
+    def __init__(self) -> None:
         self._child: Child | None = None
         self._output: Output | None = None
         self._end = "it was not started"
@@ -175,29 +198,11 @@ class ProcessProducer:
     def watch_fds(self) -> list[int]:
         return [fd for source in (self._child, self._output) if source is not None for fd in source.watch_fds]
 
-    def start(self, incarnation: int) -> None:
-        lane, work = self._lane, self._work
-        assert lane.memory.fd is not None and lane.starter is not None
-        fds = {"ring": lane.memory.fd, "wake": lane.wake_producer.fileno()}
-        if lane.mailboxes_memory is not None and lane.mailboxes_memory.fd is not None:
-            fds["mailboxes"] = lane.mailboxes_memory.fd
-        spec = {
-            "engine": work.engine,
-            "options": work.options,
-            "seed": work.seed,
-            "threads": work.threads,
-            "nice": work.nice,
-            "fault": os.environ.get("STREAMAUG_FAULT") if incarnation == 0 else None,
-            "layout": asdict(lane.layout),
-            "mailboxes": lane.mailboxes_shape,
-            "images": None if lane.images is None else lane.images.share(),
-            "device": work.device,
-            "cuda": cuda.PROVIDER,
-        }
+    def run(self, starter: Starter, spec: Mapping[str, Any], fds: Mapping[str, int], work: Work) -> None:
         self._end = "still running"
         output = Output()
         try:
-            self._child = lane.starter.start(spec, fds, _environment(work), output)
+            self._child = starter.start(spec, fds, _environment(work), output)
         except BaseException:
             output.close()
             raise
@@ -237,6 +242,23 @@ class ProcessProducer:
     def last_words(self) -> str:
         text = "" if self._output is None else self._output.last_words
         return f"{self._end}; its last words:\n{text}" if text else f"{self._end} without a word"
+
+
+class ProcessProducer(Program):
+    """Backend `process`: `streamaug.stream.producer` in a process of its own."""
+
+    can_restart = True
+    thread: threading.Thread | None = None
+
+    def __init__(self, lane: Lane, work: Work):
+        super().__init__()
+        self._lane = lane
+        self._work = work
+
+    def start(self, incarnation: int) -> None:
+        lane, work = self._lane, self._work
+        assert lane.starter is not None
+        self.run(lane.starter, {**work.spec(incarnation), **lane.spec()}, lane.fds(), work)
 
 
 def _environment(work: Work) -> dict[str, str]:

@@ -16,7 +16,9 @@ from streamaug.stream.producer import hint, wait
 from streamaug.stream.producers.backends import Lane, ProcessProducer, Producer, ThreadProducer, Work
 from streamaug.stream.producers.keeper import Keeper, Watch, remote_error
 from streamaug.stream.producers.placement import Placement
+from streamaug.stream.producers.sharing import Sharing
 from streamaug.stream.producers.starting import Starter, start_method
+from streamaug.stream.ranks import Meeting
 from streamaug.stream.ring import FAILED, Layout, Mailboxes, Ring, memory
 from streamaug.stream.ring.memory import Memory
 
@@ -39,15 +41,17 @@ class Fleet:
         work: Work,
         *,
         trainer_device: str = "cpu",
+        meeting: Meeting | None = None,
     ):
-        """backend: local or process. trainer_device: where `take` hands out images, "cpu" or "cuda:0".
+        """backend: local or process. trainer_device: where `take` hands out images, "cpu" or "cuda:0". meeting: with
+        the other ranks of this machine, where they share producers.
 
         Raises MemoryTooSmall when the rings cannot fit, UsageError when what was configured contradicts itself.
         """
         self.config = config
         self.work = work
         self.backend = backend
-        self.placement = Placement(config, backend, layout, work, trainer_device)
+        self.placement = Placement(config, backend, layout, work, trainer_device, shared=meeting is not None)
         self.layout = self.placement.layout
         on_gpu = self.placement.sees_gpus(work)
         self._start_method = start_method(config.start_method, on_gpu=on_gpu, threads=work.threads)
@@ -56,6 +60,9 @@ class Fleet:
         self._mailboxes_memory: Memory | None = None
         self._watches: list[Watch] = []
         self._starter: Starter | None = None
+        self._meeting = meeting
+        self._sharing: Sharing | None = None
+        self._sharers = 1
         self._closed = False
         self._release_in_keeper = False
         self._keeper: Keeper | None = None
@@ -81,6 +88,11 @@ class Fleet:
         """Producers that were replaced."""
         return 0 if self._keeper is None else self._keeper.restarts
 
+    def sharers(self) -> int:
+        """How many ranks the producers make images for, this one included; after the end, as it was then."""
+        self._sharers = max((ring.sharers for ring in self.rings), default=self._sharers)
+        return self._sharers
+
     @property
     def ready_ns(self) -> int:
         """When the last producer became ready, CLOCK_MONOTONIC nanoseconds."""
@@ -99,7 +111,7 @@ class Fleet:
         self._require_memory()
         try:
             self._allocate()
-            keeper = Keeper(self.config, self._watches, self._producers_ended)
+            keeper = Keeper(self.config, self._watches, self._producers_ended, self._gave_up)
         except BaseException as error:
             self.release()
             if isinstance(error, OSError):
@@ -178,13 +190,23 @@ class Fleet:
         keeper = self._keeper is not None and self._keeper.is_this_thread()
         return keeper or here in [watch.producer.thread for watch in self._watches]
 
-    def _producers_ended(self) -> None:
-        if self._starter is not None:
+    def _producers_ended(self) -> Callable[[], None] | None:
+        rest = None if self._sharing is None else self._sharing.rest(self._starter)
+        if self._starter is not None and rest is None:
             self._starter.close()
         if self._release_in_keeper:
             self.release()
+        return rest
+
+    def _gave_up(self) -> None:
+        """Where the engine raised, the other ranks are told in their rings."""
+        if self._sharing is not None and all(ring.state != FAILED for ring in self.rings):
+            self._sharing.withdraw()
 
     def release(self) -> None:
+        self.sharers()
+        if self._sharing is not None:
+            self._sharing.withdraw()
         for watch in self._watches:
             watch.lane.close()
         self._watches.clear()
@@ -210,9 +232,15 @@ class Fleet:
             self._mailboxes_memory = Memory.create(self.placement.host, Mailboxes.nbytes(*self._mailboxes_shape))
             self.mailboxes = Mailboxes(self._mailboxes_memory, *self._mailboxes_shape)
             self.mailboxes.clear()
+        if self._meeting is not None:
+            self._sharing = Sharing(self._meeting, self.config)
         for at in range(self.config.producers):
-            lane = self._new_lane()
-            self._watches.append(Watch(_BACKENDS[self.backend](lane, self.placement.work(self.work, at)), lane))
+            lane, work = self._new_lane(), self.placement.work(self.work, at)
+            if self._sharing is not None:
+                producer: Producer = self._sharing.producer(lane, work, at)
+            else:
+                producer = _BACKENDS[self.backend](lane, work)
+            self._watches.append(Watch(producer, lane))
 
     def _new_lane(self) -> Lane:
         with contextlib.ExitStack() as undo:

@@ -16,7 +16,8 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from streamaug.stream.producer import die_with, run
+from streamaug.stream.producer import die_with
+from streamaug.stream.producers.processes import program
 
 MESSAGE_NBYTES = 65536
 DESCRIPTORS = 8  # in one message, at most
@@ -104,7 +105,7 @@ class _Server:
             os.close(fds.pop("output"))
             with open(fds.pop("spec")) as file:
                 spec = json.load(file)
-            run(spec | {"fds": fds}, parent=self._pid)
+            importlib.import_module(program(fds)).run(spec | {"fds": fds}, parent=self._pid)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()

@@ -42,17 +42,27 @@ class Keeper:
     exactly as long as the fleet, whichever thread the user calls from.
     """
 
-    def __init__(self, config: StreamConfig, watches: Sequence[Watch], finish: Callable[[], None]):
-        """finish: called in the thread when all producers have ended."""
+    def __init__(
+        self,
+        config: StreamConfig,
+        watches: Sequence[Watch],
+        finish: Callable[[], Callable[[], None] | None],
+        give_up: Callable[[], None],
+    ):
+        """finish: called in the thread when all producers have ended; what it returns, if anything, is done after
+        `stop` has returned. give_up: called in the thread, more than once, while there is a failure."""
         self.failure: StreamaugError | None = None
         self.restarts = 0
         self.spawned = threading.Event()  # every producer was started once
         self._config = config
         self._watches = watches
         self._finish = finish
+        self._give_up = give_up
         self._closed = False
+        self._ended = threading.Event()
+        self._rest: Callable[[], None] | None = None
         self._stir: tuple[int, int] | None = os.pipe()  # what is written there wakes it
-        self._thread = threading.Thread(target=self._keep, name="streamaug-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="streamaug-keeper", daemon=True)
 
     def start(self) -> None:
         """Raises RuntimeError when the system has no thread left."""
@@ -74,7 +84,9 @@ class Keeper:
         self._closed = True
         if self._stir is not None:
             os.write(self._stir[1], b"!")
-        self._thread.join()
+        self._ended.wait()
+        if self._rest is None:
+            self._thread.join()
 
     def release(self) -> None:
         """After the thread's end, or in it."""
@@ -87,6 +99,16 @@ class Keeper:
         """The first failure is for good."""
         if self.failure is None:
             self.failure = error
+
+    def _run(self) -> None:
+        try:
+            self._keep()
+            self._end()
+            self._rest = self._finish()
+        finally:
+            self._ended.set()
+        if self._rest is not None:
+            self._rest()
 
     def _keep(self) -> None:
         try:
@@ -101,13 +123,14 @@ class Keeper:
                 elapsed, last = min(now - last, 2 * _LOOK_SECONDS), now
                 for watch in self._watches:
                     self._look(watch, now, elapsed)
+                if self.failure is not None:
+                    self._give_up()
         except StreamaugError as error:
-            self.failed(error)
+            self.failed(error.with_traceback(None))  # whose frames would keep the rings' memory
         except Exception as error:
             self.failed(StreamaugError(f"the producers cannot be watched any more: {error!r}"))
         finally:
             self.spawned.set()
-            self._end()
 
     def _end(self) -> None:
         for watch in self._watches:
@@ -115,7 +138,6 @@ class Keeper:
             hint(watch.lane.wake)
         for watch in self._watches:
             watch.producer.stop()
-        self._finish()
 
     def _doze(self) -> None:
         poll = select.poll()

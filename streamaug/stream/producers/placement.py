@@ -29,6 +29,7 @@ class Sides:
     backend: str
     producers: tuple[str, ...]
     trainer: str
+    shared: bool = False  # the producers serve other ranks too
 
     @property
     def producer_on_gpu(self) -> bool:
@@ -45,7 +46,9 @@ class Sides:
 class Placement:
     """The devices of one fleet. `layout` is the ring's, with images apart where they live on a GPU."""
 
-    def __init__(self, config: StreamConfig, backend: str, layout: Layout, work: Work, trainer: str):
+    def __init__(
+        self, config: StreamConfig, backend: str, layout: Layout, work: Work, trainer: str, *, shared: bool = False
+    ):
         """trainer: the device on which it takes images. Raises UsageError for what cannot be had."""
         uses_cuda = work.device != "cpu" or trainer != "cpu"
         self._cuda = connect() if uses_cuda else None
@@ -53,7 +56,7 @@ class Placement:
         if trainer != "cpu" and self._cuda is not None and not self._cuda.count():
             raise UsageError(f"stream.deliver_on is {trainer}, but torch finds no usable GPU; cpu works")
         chosen = _dealt_out(config.devices, work.device, backend, config.producers, self._cuda)
-        self.sides = Sides(backend, chosen, trainer)
+        self.sides = Sides(backend, chosen, trainer, shared)
         self.kind = choose(config.memory, self.sides, self._cuda)
         self.layout = replace(layout, images_apart=self.kind == "cuda")
         nbytes = config.producers * self.layout.nbytes
@@ -137,6 +140,8 @@ def _obstacle(sides: Sides, cuda: Cuda) -> str | None:
         return f"it needs both sides on a GPU ({sides})"
     if sides.backend == "process" and sys.platform != "linux":
         return f"{sys.platform} shares no GPU memory between processes"
+    if sides.shared:
+        return "producers that ranks share (stream.shared) do not see every rank's GPU"
     trainer = cuda.index(sides.trainer)
     for device in dict.fromkeys(sides.producers):
         if not cuda.can_access(cuda.index(device), trainer):

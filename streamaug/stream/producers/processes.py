@@ -15,6 +15,14 @@ log = logging.getLogger("streamaug")
 _TAIL_NBYTES = 16384  # of what a process prints, the end is kept
 
 
+HOST, PRODUCER = "streamaug.stream.producers.host", "streamaug.stream.producer"
+
+
+def program(fds: Iterable[str]) -> str:
+    """The module that a producer's process runs, by what its descriptors are for."""
+    return HOST if "listening" in fds else PRODUCER
+
+
 class Child(Protocol):
     """A producer's process. For the keeper's thread alone."""
 
@@ -97,12 +105,10 @@ def _log_again(line: str) -> None:
 
 
 class Spawned:
-    """`python -m streamaug.stream.producer`, in a session of its own: a terminal's Ctrl-C is for the trainer."""
+    """A producer afresh, in a session of its own: a terminal's Ctrl-C is for the trainer."""
 
     def __init__(self, spec: Mapping[str, Any], fds: Mapping[str, int], environment: Mapping[str, str], output: Output):
-        self._process = start(
-            "streamaug.stream.producer", {**spec, "fds": dict(fds)}, fds.values(), environment, output
-        )
+        self._process = start(program(fds), {**spec, "fds": dict(fds)}, fds.values(), environment, output)
         self._pidfd: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # without it, the keeper looks at intervals
             self._pidfd = os.pidfd_open(self._process.pid)

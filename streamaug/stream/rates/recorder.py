@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,9 +26,11 @@ class Recorder:
     WAITS = 4_096  # calls of take remembered
     REPORT_SECONDS = 60.0  # between two lines in the log
 
-    def __init__(self, class_names: list[str], producers: int):
+    def __init__(self, class_names: list[str], producers: int, sharers: Callable[[], int] | None = None):
+        """sharers: how many ranks the producers make images for now, this one included."""
         self._names = class_names
         self._producers = producers
+        self._sharers = sharers or (lambda: 1)
         count = len(class_names)
         self._asked = np.zeros(count, np.int64)
         self._accepted = np.zeros(count, np.int64)
@@ -152,6 +155,7 @@ class Recorder:
 
     def rate(self, evaluations: float | None = None) -> float | None:
         """Images that pass the judge per second, of all producers together, never waiting; None before the first batch.
+        Of producers that several ranks share, this rank's part while each of them asks for all it can get.
 
         From recent batches; those that warmed a producer up count while there are no others. evaluations: solver steps
         of a batch, for a rate at these instead of at those that the recent batches happened to have.
@@ -162,7 +166,7 @@ class Recorder:
         seconds, sampling, steps, accepted = times.T
         if evaluations is not None:
             seconds = seconds + sampling * (evaluations / steps - 1)
-        return self._producers * float(accepted.mean()) / max(float(seconds.mean()), 1e-9)
+        return self._producers / self._sharers() * float(accepted.mean()) / max(float(seconds.mean()), 1e-9)
 
     def pace(self, ratio: float | None) -> Pace | None:
         """What producers make against what the loop asks for; None before there are figures of both."""
@@ -271,9 +275,9 @@ class Recorder:
         own = max(_TRAINERS, key=lambda name: stages[name].busy_share)
         named = self.steps >= _MANY and stages[own].busy_share > _OWN
         detail = f"; {own} takes {stages[own].busy_share:.0%} of the trainer's" if named else ""
-        return (
-            f"training limits: producers are busy {min(busy / (wall * self._producers), 1.0):.0%} of the time{detail}"
-        )
+        share = min(busy / (wall * self._producers), 1.0)
+        for_whom = "" if self._sharers() == 1 else " with this rank's images"
+        return f"training limits: producers are busy {share:.0%} of the time{for_whom}{detail}"
 
 
 def _share(part: float, whole: float) -> float:

@@ -20,15 +20,18 @@ class StageStats:
 
 @dataclass(frozen=True)
 class StreamStats:
-    """A moment's figures. Seconds are seconds, shares are in [0, 1], counts are images unless named
-    otherwise."""
+    """A moment's figures. Seconds are seconds, shares are in [0, 1], counts are images unless named otherwise.
+
+    An image that was made is rejected, dropped, delivered, or in the rest of the batch that is being delivered from.
+    Whole batches that wait in the ring are not counted yet.
+    """
 
     made: int  # generated, whether accepted or not
     accepted: int
     rejected: dict[str, dict[str, int]]  # class -> reason -> images
     delivered: int  # returned by take, images served again included
     reused: int  # of these, served again
-    dropped: int  # accepted, but no longer wanted (replan, load_state_dict)
+    dropped: int  # accepted, but not wanted: by a replan or load_state_dict, or delivered before the run was resumed
     fresh_share: float
     mean_reuse: float  # how often an image was delivered, on average
     mean_age_seconds: float  # from made to delivered

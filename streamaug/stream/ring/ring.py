@@ -27,7 +27,7 @@ STARTING, READY, FAILED = range(3)
 
 # Header words (int64). The trainer's and the producer's are on cache lines of their own.
 _ISSUED, _SKIP_TO, _CLOSING = 0, 1, 2
-_PUBLISHED, _BEAT = 8, 9
+_PUBLISHED, _BEAT, _SHARERS = 8, 9, 10
 _STATE, _READY_NS, _ERROR_NBYTES = 16, 17, 18
 _HEADER_NBYTES = 4096
 _ERROR_CAPACITY = 65536
@@ -244,6 +244,10 @@ class Ring:
         """Say that work goes on."""
         self._words[_BEAT] = now_ns
 
+    def share(self, rings: int) -> None:
+        """Say how many rings the producer serves with the same engine."""
+        self._words[_SHARERS] = rings
+
     def publish(self, number: int) -> None:
         """Announce that slot `number` is complete."""
         _fence()
@@ -292,6 +296,11 @@ class Ring:
     @property
     def ready_ns(self) -> int:
         return self._words[_READY_NS]
+
+    @property
+    def sharers(self) -> int:
+        """How many rings its producer serves, this one included; 1 before it was said."""
+        return max(self._words[_SHARERS], 1)
 
     @property
     def last_beat_ns(self) -> int:
