@@ -4,6 +4,7 @@ The digits prior unguided; the SD-1.5-shaped network (`_sd`) guided by 7.5 from 
 sets the threads of both sides.
 """
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,7 @@ from streamaug.sampling.network import compiler
 from streamaug.sampling.sampler import Sampler
 
 STEPS = 20
-ROUNDS = {("digits", 1): 101, ("digits", 64): 15, ("sd", 1): 15, ("sd", 8): 5}
+ROUNDS = {("digits", 1): 51, ("digits", 64): 15, ("sd", 1): 15, ("sd", 8): 5}
 
 cases = pytest.mark.parametrize(
     ("kind", "size"), ROUNDS, ids=[f"b{size}{'_sd' * (kind == 'sd')}" for kind, size in ROUNDS]
@@ -81,7 +82,7 @@ def test_same_math_ratio(alternate, benchmark, kind, size):
 def test_defaults_ratio(alternate, benchmark, kind, size):
     """Ours compiled and channels_last, as `compile: auto` runs where that pays."""
     mine = ours(sampler(kind, compile=True), kind, size)
-    torch.testing.assert_close(mine(), loop(kind, size)(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(first_call(benchmark, mine), loop(kind, size)(), atol=1e-3, rtol=1e-3)
     seconds = alternate(rounds=ROUNDS[kind, size], calls=1, ours=mine, pipeline=pipeline(kind, size))
     record(benchmark, "defaults_ratio", kind, size, seconds["pipeline"] / seconds["ours"])
 
@@ -91,6 +92,7 @@ def test_defaults_ratio(alternate, benchmark, kind, size):
 def test_defaults_ratio_bf16(alternate, benchmark):
     """The same with model.dtype: bfloat16, for processors that compute in it."""
     mine = ours(sampler("digits", dtype=torch.bfloat16, compile=True), "digits", 64)
+    first_call(benchmark, mine)
     seconds = alternate(rounds=15, calls=1, ours=mine, pipeline=pipeline("digits", 64))
     record(benchmark, "defaults_ratio_bf16", "digits", 64, seconds["pipeline"] / seconds["ours"])
 
@@ -113,6 +115,14 @@ def test_target_size_over_shrink(alternate, benchmark):
 
     seconds = alternate(rounds=5, calls=1, ours=small, shrunk=shrunk)
     benchmark.extra_info["target_size_over_shrink"] = seconds["shrunk"] / seconds["ours"]
+
+
+def first_call(benchmark, mine: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What the first call returns; its time, which is that of compiling, is no part of the ratio."""
+    began = time.perf_counter()
+    found = mine()
+    benchmark.extra_info["first_call_seconds"] = round(time.perf_counter() - began, 1)
+    return found
 
 
 def record(benchmark, name: str, kind: str, size: int, ratio: float) -> None:

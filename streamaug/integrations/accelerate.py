@@ -5,8 +5,8 @@ this module it prepares what the StreamLoader wraps, so that sharding, device pl
 accumulation and `gather_for_metrics` are Accelerate's own. `save_state` writes the loader's state (one file a rank),
 `load_state` resumes it, and `skip_first_batches` then finds nothing left to skip.
 
-Set `use_seedable_sampler` to resume with another number of ranks, and beside `use_stateful_dataloader`: without it
-Accelerate itself forgets the shuffled order.
+Set `use_seedable_sampler` to resume inside an epoch with another number of ranks, and beside `use_stateful_dataloader`:
+without it Accelerate itself forgets the shuffled order.
 Images that Accelerate repeats to fill the last batch of several ranks stay in what `gather_for_metrics` returns under
 mode="append" and displaced="defer".
 """
@@ -29,6 +29,7 @@ except ImportError:
     raise MissingExtra("accelerate", "integrations") from None
 
 _ENABLED = "_streamaug"  # marks the functions below, and the loaders of an Accelerator
+_STEP = "accelerator_step"
 
 
 def enable() -> None:
@@ -101,32 +102,28 @@ def _attached(accelerator: Accelerator, loader: StreamLoader, prepared: Any) -> 
     if loaders is None:
         loaders = []
         setattr(accelerator, _ENABLED, loaders)
-        accelerator.register_save_state_pre_hook(
-            lambda models, weights, folder: _each(files.save_state, loaders, folder)
-        )
-        accelerator.register_load_state_pre_hook(
-            lambda models, folder: _each(
-                files.load_state, loaders, folder, same_ranks_because=_why_ranks_stay(accelerator)
-            )
-        )
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: _save(accelerator, loaders, folder))
+        accelerator.register_load_state_pre_hook(lambda models, folder: _load(accelerator, loaders, folder))
     if loader not in loaders:
         loaders.append(loader)
     return loader
 
 
-def _each(action: Callable, loaders: list[StreamLoader], folder: str, **options: Any) -> None:
+def _save(accelerator: Accelerator, loaders: list[StreamLoader], folder: str) -> None:
     for number, loader in enumerate(loaders):
-        action(loader, folder, f"stream_loader_{number}", **options)
+        files.save_state(loader, folder, _name(number), **{_STEP: accelerator.step})
 
 
-def _why_ranks_stay(accelerator: Accelerator) -> str | None:
-    """None where every number of ranks draws the same permutation, and deals its batches out in turn."""
-    if accelerator.use_seedable_sampler and not (accelerator.split_batches or accelerator.dispatch_batches):
-        return None
-    return (
-        "the order of the real images is the same for another number of ranks only where both runs have "
-        "DataLoaderConfiguration(use_seedable_sampler=True), and neither split_batches nor dispatch_batches"
-    )
+def _load(accelerator: Accelerator, loaders: list[StreamLoader], folder: str) -> None:
+    for number, loader in enumerate(loaders):
+        saved = files.load_state(loader, folder, _name(number))
+        # Accelerate finds it on the ranks that saved it. Where others count accumulated gradients otherwise, the ranks
+        # wait for one another without end.
+        accelerator.step = saved[_STEP]
+
+
+def _name(number: int) -> str:
+    return f"stream_loader_{number}"
 
 
 # Where an epoch ends.

@@ -10,36 +10,29 @@ from streamaug.errors import StateError
 from streamaug.loader.ranks import RANKS_KEY
 
 
-def save_state(loader: Any, folder: str | os.PathLike, name: str) -> None:
-    """Write this rank's state; every rank does so for itself."""
+def save_state(loader: Any, folder: str | os.PathLike, name: str, **others: int) -> None:
+    """Write this rank's state, and `others` beside it; every rank does so for itself."""
     file = _file(folder, name, loader.stream.rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    torch.save(loader.state_dict() | {RANKS_KEY: loader.stream.world_size}, partial)
+    torch.save(loader.state_dict() | others | {RANKS_KEY: loader.stream.world_size}, partial)
     os.replace(partial, file)
 
 
-def load_state(loader: Any, folder: str | os.PathLike, name: str, *, same_ranks_because: str | None = None) -> None:
-    """What was saved by another number of ranks is shared out, each rank then reading all files, unless
-    `same_ranks_because` says why it cannot be.
+def load_state(loader: Any, folder: str | os.PathLike, name: str) -> dict[str, Any]:
+    """What was saved by another number of ranks is shared out, each rank then reading all files.
 
-    Raises StateError when the checkpoint has no state of this loader, or cannot be shared out.
+    Returns what rank 0 saved, with the number of ranks under RANKS_KEY. Raises StateError when the checkpoint has no
+    state of this loader, or one that cannot be shared out.
     """
     rank, ranks = loader.stream.rank, loader.stream.world_size
-    own = _file(folder, name, rank)
-    state = _read(own if own.exists() else _file(folder, name, 0))
-    saved = state.pop(RANKS_KEY)
-    if saved == ranks:
-        loader.load_state_dict(state)
-        return
-    if same_ranks_because is not None:
-        raise StateError(
-            f"{folder} was saved by {saved} ranks and is loaded by {ranks}: {same_ranks_because}; start {saved} ranks"
-        )
-    states = [_read(_file(folder, name, one)) for one in range(saved)]
+    first = _read(_file(folder, name, 0))
+    saved = first[RANKS_KEY]  # there may be files of more ranks, left of an earlier checkpoint
+    states = [_read(_file(folder, name, one)) for one in ([rank] if saved == ranks else range(saved))]
     for state in states:
         del state[RANKS_KEY]
-    loader.load_state_dict({RANKS_KEY: states})
+    loader.load_state_dict(states[0] if saved == ranks else {RANKS_KEY: states})
+    return first
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Lightning: a callback that gives a StreamLoader what Lightning gives a DataLoader, and the stream a clean end."""
 
-import logging
+import math
+import os
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
-from streamaug.errors import MissingExtra, StateError, UsageError
+from streamaug.errors import MissingExtra, UsageError
 from streamaug.loader.ranks import RANKS_KEY, gather_state
 from streamaug.loader.stream_loader import StreamLoader
 
@@ -15,10 +19,9 @@ try:
     from lightning.pytorch.trainer.connectors.data_connector import _resolve_overfit_batches
     from lightning.pytorch.trainer.states import RunningStage
     from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities.data import _update_dataloader
 except ImportError:
     raise MissingExtra("lightning", "integrations") from None
-
-logger = logging.getLogger("streamaug")
 
 
 class StreamCallback(pl.Callback):
@@ -29,7 +32,9 @@ class StreamCallback(pl.Callback):
     Without it a run in one process works and resumes; the callback adds:
 
     - several ranks: the real DataLoader gets its DistributedSampler, as a bare one would, and checkpoints hold every
-      rank's state;
+      rank's state, which another number of ranks can load;
+    - any_ranks=True: one process shuffles as several do, by a DistributedSampler, so that several can resume what it
+      saved inside an epoch (what it saved at the end of an epoch they always can);
     - `overfit_batches`: the real DataLoader is made sequential (set ratio=0 to overfit on real images alone);
     - feedback: where `training_step` returns a dict with `losses_key` (float [n], one per image of the batch), the
       stream hears of it and orders more of what is hard;
@@ -37,12 +42,14 @@ class StreamCallback(pl.Callback):
     - the end of the producers with the fit, however it ends (close=False leaves the stream open for another fit).
     """
 
-    def __init__(self, *, losses_key: str = "losses", log: bool = True, close: bool = True):
+    def __init__(self, *, losses_key: str = "losses", log: bool = True, close: bool = True, any_ranks: bool = False):
         self.losses_key = losses_key
         self.log = log
         self.close = close
+        self.any_ranks = any_ranks
         self.loaders: list[StreamLoader] = []
         self._states: list[Any] = []  # of the loaders in a checkpoint that is being resumed
+        self._saved_by: int | None = None  # the number of ranks, where it is another one now
 
     # Before Lightning looks at the loaders.
 
@@ -50,7 +57,7 @@ class StreamCallback(pl.Callback):
         if stage != "fit":
             return
         source, strategy = trainer.fit_loop._data_source, trainer.strategy
-        request, process = source.dataloader, strategy.process_dataloader
+        request, process, set_up = source.dataloader, strategy.process_dataloader, trainer.fit_loop.setup_data
 
         @wraps(request)
         def requested() -> Any:
@@ -63,11 +70,39 @@ class StreamCallback(pl.Callback):
         @wraps(process)
         def processed(dataloader: Any) -> Any:
             if isinstance(dataloader, StreamLoader):
-                _each_real([dataloader], lambda real: _for_this_rank(trainer, real))
+                dealt = self.any_ranks or any(map(_was_dealt, self._states))
+                _each_real([dataloader], lambda real: _for_this_rank(trainer, real, dealt))
             return process(dataloader)
+
+        @wraps(set_up)
+        def all_set_up() -> None:
+            set_up()
+            if self._saved_by is not None and trainer.fit_loop._combined_loader is not None:
+                self._deal_anew(trainer)
 
         source.dataloader = requested  # type: ignore[method-assign]
         strategy.process_dataloader = processed  # type: ignore[method-assign]
+        trainer.fit_loop.setup_data = all_set_up  # type: ignore[method-assign]
+
+    def _deal_anew(self, trainer: Any) -> None:
+        """Share out what another number of ranks saved, and let Lightning count batches from there."""
+        progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+        before = progress.current.ready
+        now = -(-before * self._saved_by // trainer.world_size)
+        loaders = _stateful(trainer)
+        for loader, state in zip(loaders, self._states, strict=True):
+            if isinstance(loader, StreamLoader):
+                loader.load_state_dict(_read_whole(state) if progress.is_last_batch else state)
+                if state[RANKS_KEY][0]["batch"] == before:
+                    now = loader.state_dict()["batch"]
+            else:
+                loader.load_state_dict(state)
+        if batches < math.inf:
+            now = batches if progress.is_last_batch else min(now, batches)
+            progress.is_last_batch = now == batches
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, count, getattr(progress.current, count) + now - before)
+        self._states, self._saved_by = [loader.state_dict() for loader in loaders], None
 
     # While it trains.
 
@@ -115,14 +150,15 @@ class StreamCallback(pl.Callback):
             ]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-        for state in self._states:
-            saved = len(state[RANKS_KEY]) if RANKS_KEY in state else trainer.world_size
-            if saved != trainer.world_size:
-                raise StateError(
-                    f"the checkpoint was saved by {saved} ranks and is loaded by {trainer.world_size}: Lightning "
-                    "counts batches by rank; start as many ranks as before"
-                )
+        loop = checkpoint["loops"]["fit_loop"]["state_dict"]
+        self._states = loop.get("combined_loader", [])
+        saved_by = {_ranks_of(state) for state in self._states if _is_ours(state)}
+        if saved_by and saved_by != {trainer.world_size}:
+            self._saved_by = saved_by.pop()
+            self._states = [
+                {RANKS_KEY: [state]} if _is_ours(state) and RANKS_KEY not in state else state for state in self._states
+            ]
+            loop["combined_loader"] = []  # loaded once the length of the epoch is known
 
     def teardown(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -150,18 +186,44 @@ def _stateful(trainer: Any) -> list[Any]:
 def _each_real(loaders: list[StreamLoader], change: Any) -> None:
     for loader in loaders:
         real = loader.real_loader
-        if isinstance(real, torch.utils.data.DataLoader) and (changed := change(real)) is not real:
+        if isinstance(real, DataLoader) and (changed := change(real)) is not real:
             loader.rewrap(changed)
 
 
-def _sequential(real: torch.utils.data.DataLoader) -> Any:
+def _sequential(real: DataLoader) -> Any:
     combined = CombinedLoader(real)
     _resolve_overfit_batches(combined, RunningStage.TRAINING)
     return combined.flattened[0]
 
 
-def _for_this_rank(trainer: Any, real: torch.utils.data.DataLoader) -> Any:
-    return trainer._data_connector._prepare_dataloader(real, shuffle=True, mode=RunningStage.TRAINING)
+def _for_this_rank(trainer: Any, real: DataLoader, dealt: bool) -> Any:
+    """`dealt`: one process gets the DistributedSampler as well that Lightning gives each of several."""
+    if trainer.world_size > 1 or not dealt or type(real.sampler) not in (RandomSampler, SequentialSampler):
+        return trainer._data_connector._prepare_dataloader(real, shuffle=True, mode=RunningStage.TRAINING)
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # as Lightning's own
+    sampler: DistributedSampler = DistributedSampler(real.dataset, 1, 0, shuffle=not trainer.overfit_batches, seed=seed)
+    return _update_dataloader(real, sampler, mode=RunningStage.TRAINING)
+
+
+def _is_ours(state: Mapping[str, Any]) -> bool:
+    return RANKS_KEY in state or {"identity", "real", "stream"} <= state.keys()
+
+
+def _ranks_of(state: Mapping[str, Any]) -> int:
+    return len(state[RANKS_KEY]) if RANKS_KEY in state else (state["stream"] or {}).get("world_size", 1)
+
+
+def _read_whole(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an epoch that is over: what a limit of Lightning's left unread is not asked for any more."""
+    return {RANKS_KEY: [one | {"real": one["real"] and one["real"] | {"finished": True}} for one in state[RANKS_KEY]]}
+
+
+def _was_dealt(state: Mapping[str, Any]) -> bool:
+    """Whether a DistributedSampler drew the real images of a StreamLoader's state."""
+    if not _is_ours(state):
+        return False
+    first = state[RANKS_KEY][0] if RANKS_KEY in state else state
+    return str((first["real"] or {}).get("order")).startswith("DistributedSampler")
 
 
 def _figures(loader: StreamLoader) -> dict[str, float]:

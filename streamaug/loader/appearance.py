@@ -42,7 +42,8 @@ class Appearance:
 
         Pixels whose mean is near 0 and whose standard deviation is near 1 were normalised.
         """
-        if self.dtype == torch.uint8 or (self.low >= 0 and 100 <= self.high <= 255):
+        # Floats go a little beyond where they were resized or their contrast was changed.
+        if self.dtype == torch.uint8 or (self.low >= -25 and 100 <= self.high <= 280):
             return "0 to 255"
         if self.low >= -1e-3 and self.high <= 1.001:
             return "0 to 1"

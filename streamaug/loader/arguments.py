@@ -1,6 +1,7 @@
 """Arguments of a StreamLoader that cannot be used, refused when it is built."""
 
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -74,15 +75,21 @@ def check_mixed(
         )
 
 
-def check_synthetic_only(ratio_given: bool, epoch_steps: int | None, size: int, config: StreamConfig) -> None:
+def check_seed(seed: Any) -> int:
+    if not isinstance(seed, Integral):
+        raise UsageError(f"seed is an integer, got {seed!r}")
+    return int(seed)
+
+
+def check_synthetic_only(ratio_given: bool, epoch_steps: Any, size: Any, config: StreamConfig) -> None:
     """Of a loader without real images, with `size` images per batch."""
-    if not isinstance(epoch_steps, int) or epoch_steps < 1:
+    if not isinstance(epoch_steps, Integral) or epoch_steps < 1:
         raise UsageError(
             "without a real loader the epoch has no end: StreamLoader(None, stream, "
             f"epoch_steps=1000), got epoch_steps={epoch_steps!r}"
         )
-    if size < 1:
-        raise UsageError(f"batch_size is a number of images from 1, got {size}")
+    if not isinstance(size, Integral) or size < 1:
+        raise UsageError(f"batch_size is a number of images from 1, got {size!r}")
     if ratio_given:
         raise UsageError("without a real loader every image is synthetic: leave ratio out")
     if config.starved == "real":

@@ -70,11 +70,14 @@ def fields_of(batch: Any) -> dict[Key, Any]:
 
 
 def rebuild(batch: Any, changed: Mapping[Key, Any], ids: torch.Tensor | None) -> Any:
-    """A batch of the same type with some fields replaced, and `ids` added (last, or as "synthetic_ids")."""
+    """A batch of the same type with some fields replaced, and `ids` added (last, or as "synthetic_ids").
+
+    Of a mapping that cannot be changed it is a dict.
+    """
     if _is_boxed(batch):
         return [rebuild(batch[0], changed, ids)]
-    if isinstance(batch, MutableMapping):
-        merged = copy.copy(batch)
+    if isinstance(batch, Mapping):
+        merged = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         merged.update(changed if ids is None else {**changed, IDS_KEY: ids})
         return merged
     values = [changed.get(position, value) for position, value in enumerate(batch)]
@@ -93,7 +96,8 @@ def rebuild(batch: Any, changed: Mapping[Key, Any], ids: torch.Tensor | None) ->
 def count_rows(batch: Any) -> int:
     """Images in a batch: the length of its first field with entries; 0 for what has no fields."""
     batch = _unboxed(batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Iterable) else ()
+    has_fields = isinstance(batch, Iterable) and not isinstance(batch, torch.Tensor | np.ndarray)
+    values = batch.values() if isinstance(batch, Mapping) else batch if has_fields else ()
     return next((len(value) for value in values if is_rows(value)), 0)
 
 
@@ -234,6 +238,10 @@ def _conversion(fields: Mapping[Key, Any]) -> str:
         if any(isinstance(value, torch.Tensor) and value.ndim >= 4 for value in inside):
             return f" (a batch of each of {len(fields)} DALI pipelines: {ONE_PIPELINE})"
         return " (samples: torch.utils.data.default_collate makes a batch of them)"
+    if any(
+        isinstance(one, torch.Tensor) for value in fields.values() if isinstance(value, list | tuple) for one in value
+    ):
+        return " (tensors inside a list or tuple: let the collate_fn give each its own field)"
     if any(isinstance(value, np.ndarray) for value in fields.values()):
         return " (arrays: torch.from_numpy in the collate_fn)"
     if any(isinstance(value, list | tuple) for value in fields.values()):

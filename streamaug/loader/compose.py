@@ -82,6 +82,11 @@ class Composer:
         from_dataset = transform == "dataset"
         if from_dataset:
             transform = None if self.options.batch_transform else find_attribute(dataset, "transform")
+            if transform is None and not self.options.batch_transform and dataset is not None:
+                logger.info(
+                    "the real dataset has no `transform` that holds for all its images: synthetic ones are converted "
+                    "and not augmented; transform= or batch_transform= does that"
+                )
         self.converter = make_converter(rows[layout.image_key], transform, from_dataset and transform is not None)
         self._say_copies(rows[layout.image_key].device)
 

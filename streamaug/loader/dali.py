@@ -7,7 +7,7 @@ its state is exact inside an epoch. Needs the extra `dali`, imported when first 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from streamaug.errors import StateError, UsageError
 from streamaug.loader.agreement import Agreement
 from streamaug.loader.dali_source import PixelLayout, Tensors, require_usable, stream_source
+from streamaug.loader.position import go_to
 from streamaug.loader.stream_loader import Ratio, StreamLoader
 from streamaug.stream.batch import SynthBatch
 
@@ -70,7 +71,10 @@ class DALIStreamLoader(StreamLoader):
 
     What is saved is exact for what DALI saves: readers (their shuffling and place) and random operators. Loading a
     state builds both pipelines anew. The synthetic images that were augmented and not delivered yet are part of the
-    state. An epoch left by `break` is read to its end before the next one begins, as DALI cannot go back.
+    state; those that the pipeline had read ahead are made again. A new ratio by class and feedback act on what the
+    pipeline reads next, prefetch_queue_depth of its batches later. An epoch left by `break` is read to its end before
+    the next one begins, as DALI cannot go back. After an exception out of a pipeline, such as an interrupted cell of a
+    notebook, the pipeline is built anew where it was; with checkpointing=False its random operators begin anew.
 
     Tested on CPU pipelines only. On a GPU the batch, real or mixed, is where the pipeline's outputs are.
     """
@@ -153,26 +157,44 @@ class _AsAugmented:
 
 
 class _Built:
-    """A pipeline and the iterator over it, built anew for each checkpoint."""
+    """A pipeline and the iterator over it, built anew for each checkpoint.
+
+    interrupted: an exception came out of the pipeline, from a source or from the keyboard, and what DALI had at hand is
+    lost to it: build it anew, from `checkpoint()`, which is that before the call.
+    """
 
     def __init__(self, pipeline: Callable[..., "Pipeline"], names: list[str], checkpointing: bool):
-        self.names, self._checkpointing = names, checkpointing
+        self.names, self.checkpointing = names, checkpointing
         self._pipeline = pipeline
         self.iterator: Any = None
+        self.interrupted = False
+        self._before: torch.Tensor | None = None  # the checkpoint before the call in progress, or interrupted
 
     def build(self, source: Any, checkpoint: torch.Tensor | None, **iteration: Any) -> "Pipeline":
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
         self.iterator = None  # ends the threads of the one before
+        self.interrupted = False
         saved = None if checkpoint is None else checkpoint.numpy().tobytes()
-        options = {"enable_checkpointing": True, "checkpoint": saved} if self._checkpointing else {}
+        options = {"enable_checkpointing": True, "checkpoint": saved} if self.checkpointing else {}
         pipe = self._pipeline(source=source, **options)
         self.iterator = DALIGenericIterator(pipe, self.names, prepare_first_batch=False, **iteration)
         return pipe
 
+    def next(self) -> dict[str, torch.Tensor] | None:
+        """The next batch; None at the end of an epoch."""
+        self._before = self.checkpoint() if self.checkpointing else None
+        self.interrupted = True
+        batch = next(self.iterator, None)
+        self.interrupted = False
+        return None if batch is None else batch[0]
+
     def checkpoint(self) -> torch.Tensor:
-        if not self._checkpointing:
+        if not self.checkpointing:
             raise StateError("this DALIStreamLoader was built with checkpointing=False and has no state to save")
+        if self.interrupted:
+            assert self._before is not None
+            return self._before
         return torch.frombuffer(bytearray(self.iterator.checkpoints()[0]), dtype=torch.uint8)
 
 
@@ -226,9 +248,14 @@ class _RealImages:
 
     def _rest(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         self._begun = True
-        while (batch := next(self._built.iterator, None)) is not None:
-            yield batch
+        while (batch := self._next()) is not None:
+            yield [batch]
         self._begun = False
+
+    def _next(self) -> dict[str, torch.Tensor] | None:
+        if self._built.interrupted and self._built.checkpointing:
+            self._build(self._built.checkpoint())
+        return self._built.next()
 
     def state_dict(self) -> dict[str, Any]:
         return {"tensors": {"checkpoint": self._built.checkpoint()}}
@@ -244,18 +271,31 @@ class _RealImages:
         return self._built.build(None, checkpoint, **self._iteration)
 
 
+@dataclass
+class _Taken:
+    """A batch of the stream that the pipeline holds: `at`, the stream's state before it; the memory DALI may read."""
+
+    synthetic: SynthBatch
+    at: dict[str, Any]
+    memory: tuple
+
+
 class _Augmented:
     """A stream whose images have been through the pipeline: `take` gives them as a tensor, on the pipeline's device.
+
+    The pipeline reads ahead, so the stream stands further on than what was delivered, and what steers it (a new ratio,
+    feedback) acts on what the pipeline reads next. A state therefore holds both: where the stream stands, and where
+    it stood before each batch that the pipeline still holds. These batches are taken again after a resume.
 
     The rest of the stream's surface is the stream's own.
     """
 
     def __init__(self, built: _Built, stream: "Stream", tensors: Tensors, batch_size: int):
         self._built, self._stream, self._tensors, self._batch_size = built, stream, tensors, batch_size
-        # What the pipeline holds: each batch with the state after it, and the memory that DALI may be reading.
-        self._taken: deque[tuple[SynthBatch, dict, tuple]] = deque()
+        self._taken: deque[_Taken] = deque()  # oldest first
+        self._again: list[dict[str, Any]] = []  # of a state that was loaded: where the stream stood before each
+        self._ready: deque[tuple[SynthBatch, dict[str, Any]]] = deque()  # for the source to give, and where from
         self._left: SynthBatch | None = None  # augmented and not delivered
-        self._state: dict[str, Any] = {}  # of the stream, where the pipeline has delivered to
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -276,12 +316,18 @@ class _Augmented:
     def state_dict(self) -> dict[str, Any]:
         left = self._left if self._left is not None and len(self._left) else None
         tensors = {} if left is None else {field.name: _tensor(getattr(left, field.name)) for field in fields(left)}
-        return {"stream": self._state, "checkpoint": self._built.checkpoint(), "left": tensors}
+        return {
+            "stream": self._stream.state_dict(),
+            "held": self._held(),
+            "checkpoint": None if self._built.iterator is None else self._built.checkpoint(),
+            "left": tensors,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         left = state["left"]
         self._stream.load_state_dict(state["stream"])
         self._build(state["checkpoint"])
+        self._again = list(state["held"])
         self._left = None
         if left:
             arrays = {name: value if name == "images" else value.numpy() for name, value in left.items()}
@@ -290,23 +336,54 @@ class _Augmented:
     def close(self) -> None:
         self._built.iterator = None
 
+    def _held(self) -> list[dict[str, Any]]:
+        """Where the stream stood before each batch that it gave and that was not delivered."""
+        return [one.at for one in self._taken] + [at for _, at in self._ready] + self._again
+
     def _build(self, checkpoint: torch.Tensor | None) -> None:
         self._taken.clear()
-        self._state = self._stream.state_dict()
+        self._ready.clear()
         self._built.build(self._source, checkpoint)
 
     def _source(self, iteration: int) -> tuple:
         """Called by the pipeline, ahead of what it delivers. `iteration` makes DALI resume it without a warning."""
+        if self._again:
+            self._take_again()
         with self._tensors.work():
-            synthetic = self._stream.take(self._batch_size)
+            if not self._ready:
+                self._take_whole()
+            synthetic, at = self._ready[0]
             moved = self._tensors.moved(synthetic.images, synthetic.labels.astype(np.int32)[:, None])
         outputs = self._tensors.lists(moved)
-        self._taken.append((synthetic, self._stream.state_dict(), outputs))
+        self._taken.append(_Taken(synthetic, at, outputs))
+        self._ready.popleft()
         return outputs
 
+    def _take_whole(self) -> None:
+        at = self._stream.state_dict()
+        self._ready.append((self._stream.take(self._batch_size), at))
+
+    def _take_again(self) -> None:
+        """What the pipeline held when the state was saved; then back to where the stream stands, if that is another
+        place: it has been steered in between."""
+        here = self._stream.state_dict()
+        try:
+            while self._again:
+                go_to(self._stream, self._again[0])
+                self._take_whole()
+                del self._again[0]
+        finally:
+            go_to(self._stream, here)
+
     def _next(self) -> SynthBatch:
-        images = next(self._built.iterator)[0][self._built.names[0]]
-        synthetic, self._state, _ = self._taken.popleft()
+        if self._built.interrupted:
+            held = self._held()
+            self._build(self._built.checkpoint() if self._built.checkpointing else None)
+            self._again = held
+        batch = self._built.next()
+        assert batch is not None, "the source of synthetic images never ends"
+        images = batch[self._built.names[0]]
+        synthetic = self._taken.popleft().synthetic
         synthetic.images = images  # type: ignore[assignment]  # a tensor from here on
         return synthetic
 

@@ -1,6 +1,6 @@
 """`displaced: defer`: real images that had to make room are served first in the next batch, each once an epoch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -43,6 +43,21 @@ class Deferred:
             if count < held:
                 front, self.waiting = self._parted(front, count, held)
             yield front, count, planned
+
+    def shared_out(self, waiting: Sequence[Any], rank: int, world_size: int) -> tuple[Any, int]:
+        """Of what waited on all former ranks: the part of one of `world_size` ranks, as many images on each, and the
+        number of images left over."""
+        joined = None
+        for batch in waiting:
+            if batch is not None:
+                joined = batch if joined is None else self._joined(joined, batch)
+        held = batches.count_rows(joined) if joined is not None else 0
+        each = held // world_size
+        if not each:
+            return None, held
+        _, rest = self._parted(joined, rank * each, held)
+        part, _ = self._parted(rest, each, held - rank * each)
+        return part, held - each * world_size
 
     def _joined(self, first: Any, second: Any) -> Any:
         layout = self._layout_of(first)

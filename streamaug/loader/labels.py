@@ -1,11 +1,13 @@
 """Labels of synthetic images in the real batch's form, and the agreement of class names on both sides."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset
 
 from streamaug.errors import MismatchError
 
@@ -43,6 +45,13 @@ class Labels:
         """Raise MismatchError when the real labels cannot belong to the stream's classes."""
         if self.classes is None or len(real) == 0:
             return
+        if (real.ndim == 1 or is_column(real, self.classes)) and _most(real.dtype) < self.classes - 1:
+            raise MismatchError(
+                "the real labels' type is too small for the classes:\n"
+                f"  real:   labels {str(real.dtype).removeprefix('torch.')}, at most {_most(real.dtype)}\n"
+                f"  stream: {self.classes} classes, labels 0 to {self.classes - 1}\n"
+                "yield int64 labels, or make the stream's configuration (data:) cover the same classes as the dataset"
+            )
         if real.ndim == 2 and not is_column(real, self.classes):
             if real.shape[1] != self.classes:
                 raise MismatchError(
@@ -104,13 +113,17 @@ def integers(labels: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def find_attribute(dataset: Any, name: str) -> Any:
-    """The attribute of a dataset, or of the one that a Subset or similar wrapper holds; else None."""
+    """The attribute of a dataset, or of the one that a Subset or similar wrapper holds, or that all datasets of a
+    ConcatDataset have in common; else None."""
     seen: list[Any] = []
     while dataset is not None and not any(dataset is other for other in seen):
         value = getattr(dataset, name, None)
         if value is not None:
             return value
         seen.append(dataset)
+        if isinstance(dataset, ConcatDataset):
+            first, *others = (find_attribute(part, name) for part in dataset.datasets)
+            return first if all(first is other or first == other for other in others) else None
         dataset = getattr(dataset, "dataset", None)
     return None
 
@@ -123,6 +136,13 @@ def class_names_of(dataset: Any) -> list[str] | None:
         columns = features.values() if isinstance(features, dict) else ()
         names = next((feature.names for feature in columns if hasattr(feature, "names")), None)
     return [str(name) for name in names] if names else None
+
+
+def _most(dtype: torch.dtype) -> float:
+    """The largest label that the type holds."""
+    if dtype.is_floating_point:
+        return math.inf
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).max
 
 
 def _form(labels: torch.Tensor, column: bool) -> str:

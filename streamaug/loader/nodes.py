@@ -17,6 +17,7 @@ from streamaug.loader.agreement import Agreement
 from streamaug.loader.exits import pause_if_leaving
 from streamaug.loader.interleave import exact
 from streamaug.loader.labels import Labels
+from streamaug.loader.position import go_to
 from streamaug.loader.transforms import Converter, Normalize
 
 if TYPE_CHECKING:
@@ -47,13 +48,15 @@ class StreamNode(BaseNode[tuple]):
     soft_labels: labels as float32 weights [classes], needed for recipes that mix classes.
     with_ids: adds the image's id (an int, or int64 [n]) as a third field.
 
-    The state is the position of the stream before the reading that the next sample belongs to, and the place in it:
-    plain numbers and lists. Feedback given since that reading began is not in it. `reset(None)` begins an epoch and
-    never goes back in the stream. Raises UsageError for arguments that cannot be used, MismatchError where the
-    images cannot be like `like`.
+    The state is the position of the stream and, while samples of a reading are left, that before the reading and the
+    place in it: plain numbers and lists. A Prefetcher behind the node saves it as it was when it read ahead: feedback
+    given since then is not in it. `reset(None)` begins an epoch and never goes back in the stream.
+
+    Raises UsageError for arguments that cannot be used, MismatchError where the images cannot be like `like`.
     """
 
     STREAM_KEY = "stream"
+    BEFORE_KEY = "before"
     OFFSET_KEY = "offset"
     READING_KEY = "reading"
     YIELDED_KEY = "yielded"
@@ -106,13 +109,14 @@ class StreamNode(BaseNode[tuple]):
             if initial_state is None:
                 self._yielded = 0
                 return
-            self.stream.load_state_dict(initial_state[self.STREAM_KEY])
             self._yielded = initial_state[self.YIELDED_KEY]
             self._reading = initial_state[self.READING_KEY]
             self._samples, self._offset = [], 0
-            if initial_state[self.OFFSET_KEY]:
+            if initial_state[self.BEFORE_KEY] is not None:
+                self.stream.load_state_dict(initial_state[self.BEFORE_KEY])
                 self._read_samples()
                 self._offset = initial_state[self.OFFSET_KEY]
+            go_to(self.stream, initial_state[self.STREAM_KEY])
 
     def next(self) -> tuple:
         pause_if_leaving()
@@ -127,7 +131,8 @@ class StreamNode(BaseNode[tuple]):
         with self._lock:
             between = self._offset == len(self._samples)
             return {
-                self.STREAM_KEY: self.stream.state_dict() if between else self._before,
+                self.STREAM_KEY: self.stream.state_dict(),
+                self.BEFORE_KEY: None if between else self._before,
                 self.OFFSET_KEY: 0 if between else self._offset,
                 self.READING_KEY: self._reading if between else self._reading - 1,
                 self.YIELDED_KEY: self._yielded,

@@ -4,23 +4,27 @@ Nothing here is a collective but `gather_state`.
 """
 
 import logging
+import math
 from collections.abc import Mapping
-from typing import Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from streamaug.errors import StateError, UsageError
+from streamaug.loader.batch import count_rows
+from streamaug.loader.interleave import deferred_length
+from streamaug.loader.order import accelerated, described, images_per_batch, in_group, order_of
 from streamaug.stream.redeal import redeal
+
+if TYPE_CHECKING:
+    from streamaug.loader.stream_loader import StreamLoader
 
 logger = logging.getLogger("streamaug")
 
 RANKS_KEY = "ranks"
-
-
-def in_group() -> bool:
-    """Whether this process is one of several in torch's default process group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+State = Mapping[str, Any]
 
 
 def check_stream(stream: Any) -> None:
@@ -40,8 +44,8 @@ def check_real(loader: Any) -> None:
             "each of the %d ranks reads all real images: give DALI's reader num_shards=world_size and shard_id=rank",
             dist.get_world_size(),
         )
-    if not in_group() or not isinstance(loader, DataLoader) or hasattr(loader, "use_stateful_dataloader"):
-        return  # the last: Accelerate has dealt with it
+    if not in_group() or not isinstance(loader, DataLoader) or accelerated(loader):
+        return
     if type(loader.batch_sampler) is not BatchSampler:
         return
     sampler = loader.batch_sampler.sampler
@@ -53,45 +57,116 @@ def check_real(loader: Any) -> None:
         )
 
 
-def gather_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def gather_state(state: State) -> State:
     """The states of all ranks in one, for checkpoints that one rank writes. Every rank must call it."""
     if not in_group():
-        return state
+        return {RANKS_KEY: [state]}
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, state)
     return {RANKS_KEY: states}
 
 
-def own_state(state: Mapping[str, Any], rank: int, world_size: int) -> Mapping[str, Any]:
+def own_state(state: State, loader: "StreamLoader") -> State:
     """This rank's part of what `gather_state` gave, dealt out anew where the number of ranks is another one now.
 
-    Any other state as it is. Raises StateError where the real loader's position cannot be shared out.
+    Any other state as it is, unless one rank alone saved it and there are more now. Raises StateError where the real
+    images that are left of the epoch cannot be told.
     """
-    if RANKS_KEY not in state:
-        return state
-    states = state[RANKS_KEY]
-    return states[rank] if len(states) == world_size else _redealt(states, rank, world_size)
+    rank, world_size = loader.stream.rank, loader.stream.world_size
+    if RANKS_KEY in state:
+        states = state[RANKS_KEY]
+    else:
+        saved_alone = world_size > 1 and (state.get("stream") or {}).get("world_size") == 1
+        if not saved_alone:
+            return state
+        states = [state]
+    return states[rank] if len(states) == world_size else _redealt(states, loader)
 
 
-def _redealt(states: list[Any], rank: int, world_size: int) -> dict[str, Any]:
-    first, saved = states[0], len(states)
-    real, streams = first["real"], [one["stream"] for one in states]
-    if real is None or "tensors" not in real or first["waiting"] is not None or None in streams:
-        raise StateError(
-            f"the state was saved by {saved} ranks and is loaded by {world_size}: that needs a plain DataLoader, "
-            f'displaced="drop", and a batch delivered by every rank; start {saved} ranks'
-        )
+def at_epoch(state: State, epoch: int, step: int) -> State:
+    """The same state at the beginning of an epoch, `step` batches into the run."""
+    real = None if state["real"] is None else {**state["real"], "pulled": 0, "finished": False, "iteration": epoch}
+    moved = {"epoch": epoch, "batch": 0, "step": step, "epoch_step": step, "epoch_debt": state["debt"]}
+    return {**state, **moved, "waiting": None, "real": real}
+
+
+def _redealt(states: list[Any], loader: "StreamLoader") -> State:
+    first, saved, rank, ranks = states[0], len(states), loader.stream.rank, loader.stream.world_size
     if any((one["epoch"], one["batch"]) != (first["epoch"], first["batch"]) for one in states):
         raise StateError("the ranks' states were saved at different batches, and cannot be shared out anew")
-    done = first["batch"] * saved  # a DistributedSampler deals the permutation out in turn: its beginning was read
-    batch = -(-done // world_size)
-    if batch * world_size != done:
-        logger.warning("%d batches of real images are passed over in this epoch", batch * world_size - done)
-    return {
+    streams = [one["stream"] for one in states]
+    if None in streams and any(streams):
+        raise StateError(
+            f"the state was saved by {saved} ranks and is loaded by {ranks}: that needs a batch delivered by every "
+            f"rank; start {saved} ranks"
+        )
+    share: dict[str, Any] = {
         **first,
-        "batch": batch,
-        "step": first["epoch_step"] + batch,
-        "counts": {name: value * saved // world_size for name, value in first["counts"].items()},
-        "real": {**real, "pulled": batch, "finished": real["finished"] and batch > 0},
-        "stream": redeal(streams, world_size)[rank],
+        "counts": {name: value * saved // ranks for name, value in first["counts"].items()},
     }
+    if first["real"] is not None:
+        share |= _position(states, loader)
+    return share | {"stream": redeal(streams, ranks)[rank] if any(streams) else None}
+
+
+def _position(states: list[Any], loader: "StreamLoader") -> dict[str, Any]:
+    """What of the state follows from the real images read."""
+    first, saved, rank, ranks = states[0], len(states), loader.stream.rank, loader.stream.world_size
+    pulled = _batches_read(first, saved, loader)
+    own = states[rank]["real"] if rank < saved else {}
+    real = {name: value for name, value in first["real"].items() if name not in ("loader", "tensors")}
+    place = {
+        "real": {**real, "pulled": pulled, "tensors": own.get("tensors", {})},
+        "identity": {**first["identity"], "batch_size": loader._identity()["batch_size"]},  # counted in images
+        "batch": pulled,
+    }
+    if loader._deferred is not None:
+        waiting, left_over = loader._deferred.shared_out([one["waiting"] for one in states], rank, ranks)
+        if left_over and rank == 0:
+            logger.warning("%d real images that were held back are passed over in this epoch", left_over)
+        place |= {"size": images_per_batch(loader.real_loader) or first["size"], "waiting": waiting}
+        place["batch"] = _batches_delivered({**first, **place}, loader)
+    return place | {"step": first["epoch_step"] + place["batch"]}
+
+
+def _batches_read(state: State, saved: int, loader: "StreamLoader") -> int:
+    """How many batches of the epoch each of the present ranks counts as read: all that any had read, rounded up."""
+    real, source, ranks = state["real"], loader.real_loader, loader.stream.world_size
+    rows = images_per_batch(source) if real.get("rows") else None
+    size, former = (rows, real["rows"]) if rows else (1, 1)
+    read, step = real["pulled"] * saved * former, size * ranks  # by all ranks: in the epoch; in one step of now
+    pulled = -(-read // step)
+    if real["finished"] or not pulled:
+        return pulled
+    then, now = real.get("order"), order_of(source)
+    if pulled < _length(loader) and (now is None or then != now):
+        raise StateError(
+            f"the state was saved by {saved} ranks inside an epoch and is loaded by {ranks}: which real images are "
+            f"left follows only from an order that is the same for both. It was {then or 'another for each number'} "
+            f"and is {described(source)}; give both runs a DistributedSampler with one seed (Accelerate: "
+            "DataLoaderConfiguration(use_seedable_sampler=True), Lightning: StreamCallback(any_ranks=True)), save at "
+            f"the end of an epoch, or start {saved} ranks"
+        )
+    images = (rows and state["identity"]["real_images"]) or math.inf
+    passed = min(pulled * step, images) - min(read, images)
+    if passed and loader.stream.rank == 0:
+        logger.warning("%d real %s are passed over in this epoch", passed, "images" if rows else "batches")
+    return pulled
+
+
+def _batches_delivered(share: State, loader: "StreamLoader") -> int:
+    """Under "defer": the length of the epoch without what is left to deliver."""
+    assert loader._real is not None and loader._deferred is not None
+    rows, size = loader._real.images()
+    held = count_rows(share["waiting"]) if share["waiting"] is not None else 0
+    left = max(rows - share["real"]["pulled"] * size, 0) + held
+    at, begun, now = loader._shares.at, Fraction(*share["epoch_debt"]), Fraction(*share["debt"])
+    whole = deferred_length(rows, size, begun, at, share["epoch_step"])
+    return max(whole - deferred_length(left, size, now, at, share["step"]), 0) if share["batch"] else 0
+
+
+def _length(loader: "StreamLoader") -> float:
+    try:
+        return loader._real.length() if loader._real is not None else math.inf
+    except TypeError:
+        return math.inf

@@ -134,10 +134,16 @@ class Shares:
         if self.fixed is not None:
             return self.fixed
         if self._by_class is None:
-            return exact(self.ratio(step))  # type: ignore[operator]
+            return self._scheduled(step)
         self._resolve()
         assert self._whole is not None
         return self._whole
+
+    def _scheduled(self, step: int) -> Fraction:
+        try:
+            return exact(self.ratio(step))  # type: ignore[operator]
+        except UsageError as error:
+            raise UsageError(f"ratio={self.ratio!r} at step {step}: {error}") from None
 
     def class_weights(self) -> list[float] | None:
         """What delivered classes should follow, in the stream's order; None leaves them as they are by default."""

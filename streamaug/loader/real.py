@@ -1,8 +1,8 @@
 """The real side of a StreamLoader: one epoch of the wrapped loader after another, and resuming inside one.
 
-A loader with its own state (torchdata's StatefulDataLoader or nodes.Loader) is resumed by it. Any other is
-fast-forwarded: the random state that the epoch began with is put back, so that the same permutation is drawn,
-and the batches already read are skipped.
+A loader with its own state (torchdata's StatefulDataLoader or nodes.Loader) is resumed by it. Any other, and one whose
+epoch another number of ranks had begun, is fast-forwarded: the random state that the epoch began with is put back, so
+that the same permutation is drawn, and the batches already read are skipped.
 """
 
 import logging
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import BatchSampler
 
 from streamaug.errors import UsageError
+from streamaug.loader.order import accelerated, described, images_per_batch, order_of, samplers
 
 logger = logging.getLogger("streamaug")
 
@@ -89,7 +90,12 @@ class RealEpochs:
             return self._resume
         # A loader that Accelerate prepared knows the last batch when it yields it, and counts epochs to shuffle by.
         at_end = bool(self.pulled and not self.finished and getattr(self.loader, "end_of_dataloader", False))
-        state: dict[str, Any] = {"pulled": self.pulled, "finished": self.finished or at_end}
+        state: dict[str, Any] = {
+            "pulled": self.pulled,
+            "finished": self.finished or at_end,
+            "order": order_of(self.loader),
+            "rows": images_per_batch(self.loader),
+        }
         if isinstance(getattr(self.loader, "iteration", None), int):
             state["iteration"] = self.loader.iteration + at_end
         if self.has_state:
@@ -100,7 +106,14 @@ class RealEpochs:
         return state | {"tensors": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.has_state:
+        if state["pulled"] and not state["finished"] and state.get("order") != order_of(self.loader):
+            logger.warning(
+                "the order of the real images was %s when the state was saved and is %s now: in the rest of this epoch "
+                "some come a second time and some not at all",
+                state.get("order") or "another one",
+                described(self.loader),
+            )
+        if "loader" in state:
             self.loader.load_state_dict(state["loader"])
         if "iteration" in state:
             self.loader.iteration = state["iteration"]
@@ -110,14 +123,16 @@ class RealEpochs:
         """The next epoch begins afresh, with the random state that was loaded."""
         if self._resume is None:
             return
-        if self.has_state and not self._resume["finished"]:
+        if "loader" in self._resume and not self._resume["finished"]:
             iter(self.loader)  # takes up the position that was loaded; the next one starts an epoch
         self._resume = {**self._resume, "pulled": 0, "finished": False}
 
     def _continued(self, resume: dict[str, Any]) -> Iterator[Any]:
         self.pulled = resume["pulled"]
-        if self.has_state:
+        if "loader" in resume:
             return iter(()) if resume["finished"] else iter(self.loader)
+        if self.has_state and accelerated(self.loader):
+            iter(self.loader.base_dataloader)  # takes up the position of a former rank, which Accelerate has loaded
         now, self._began = _named(resume["tensors"], "now_"), _named(resume["tensors"], "began_")
         if resume["finished"]:
             self._set_random_state(now)
@@ -138,10 +153,12 @@ class RealEpochs:
         for _ in range(count):
             next(batches, None)
         logger.warning(
-            "resumed in mid-epoch by reading %d batches again, which took %.1f s; torchdata's "
-            "StatefulDataLoader in place of DataLoader resumes without",
+            "resumed in mid-epoch by reading %d batches again, which took %.1f s; %s",
             count,
             time.perf_counter() - began,
+            "after a resume by as many ranks as before it will not be needed"
+            if self.has_state
+            else "torchdata's StatefulDataLoader in place of DataLoader resumes without",
         )
         return batches
 
@@ -163,16 +180,6 @@ class RealEpochs:
         for name, value in states.items():
             if name in generators:
                 generators[name].set_state(value)
-
-
-def samplers(loader: Any) -> list[Any]:
-    """The samplers of a loader: its own, and those inside its batch sampler, however it is wrapped."""
-    found = [getattr(loader, "sampler", None)]
-    inner = getattr(loader, "batch_sampler", None)
-    while inner is not None and len(found) < 8:
-        found.append(getattr(inner, "sampler", None))
-        inner = getattr(inner, "batch_sampler", None)
-    return [sampler for sampler in found if sampler is not None]
 
 
 def _named(tensors: RandomState, prefix: str) -> RandomState:

@@ -8,11 +8,14 @@ if TYPE_CHECKING:
 
 
 class RestOfEpoch:
-    """An epoch of a StreamLoader without its first batches; everything else is the loader's."""
+    """An epoch of a StreamLoader without its first batches; everything else is the loader's.
+
+    A loader that a state put inside the epoch is where it is to be, whatever is counted elsewhere.
+    """
 
     def __init__(self, loader: "StreamLoader", first: int):
         self.loader = loader
-        self.first = first
+        self.first = loader._batch if loader._resumed and loader._batch else first
 
     def __iter__(self) -> Iterator[Any]:
         return self.loader._iterate(self.first)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from streamaug.config import LoaderConfig
-from streamaug.errors import UsageError
+from streamaug.errors import StateError, UsageError
 from streamaug.loader import arguments, state
 from streamaug.loader import batch as batches
 from streamaug.loader.batch import Key
@@ -121,7 +121,7 @@ class StreamLoader:
         self.stream = stream
         self.mode = arguments.one_of("mode", mode or defaults.mode, ("replace", "append"))
         self.displaced = arguments.one_of("displaced", displaced or defaults.displaced, ("drop", "defer"))
-        self.seed = int(seed)
+        self.seed = arguments.check_seed(seed)
         self.with_ids = with_ids
         self.epoch_steps = epoch_steps
         self._real = None if real_loader is None else epochs_of(real_loader)
@@ -141,7 +141,7 @@ class StreamLoader:
         )
         self._composer = Composer(stream, options, self._stats)
         self._deferred: Deferred | None = None
-        self._size: int = batch_size or stream.config.batch_size  # without real images
+        self._size: int = stream.config.batch_size if batch_size is None else batch_size  # without real images
         if self._real is None:
             arguments.check_synthetic_only(ratio is not None, epoch_steps, self._size, stream.config)
         else:
@@ -166,7 +166,7 @@ class StreamLoader:
         self._batch = 0  # delivered in this epoch
         self._step = 0  # delivered in this run
         self._epoch_debt, self._epoch_step = Fraction(), 0  # as the epoch began
-        self._touched = False  # the stream
+        self._before: dict[str, Any] | None = None  # the stream's state as this loader found it; None: not touched yet
         self._closed = False
         self._resumed = False
         self._mid_step = False
@@ -209,6 +209,15 @@ class StreamLoader:
             if name == "batch_size":
                 return self._size
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is public and not the wrapper's own is set on the real loader, where that has it."""
+        if not name.startswith("_") and name not in self.__dict__ and not hasattr(type(self), name):
+            real = self.__dict__.get("_real")
+            if real is not None and hasattr(real.loader, name):
+                setattr(real.loader, name, value)
+                return
+        object.__setattr__(self, name, value)
 
     @property
     def real_loader(self) -> Any:
@@ -378,6 +387,7 @@ class StreamLoader:
         if self._fixed is None:
             self.stream.asked_ratio = float(self._shares.at(self._step))
         self._composer.prepare(batch, getattr(self.real_loader, "dataset", None), self._make_converter)
+        self._touch()
         if self._shares.class_weights() != self._class_weights:
             self._follow_classes()
         synthetic = self._take(planned)
@@ -386,14 +396,22 @@ class StreamLoader:
         return self._composer.merge(batch, count, synthetic, total, self._step_key())
 
     def _take(self, count: int) -> "SynthBatch":
-        if not self._touched:
-            check_stream(self.stream)
-        self._touched = True
+        self._touch()
         began = time.perf_counter()
         synthetic = self.stream.take(count)
         self._stats.take_seconds += time.perf_counter() - began
         self._stats.shortfall += count - len(synthetic.ids)
         return synthetic
+
+    def _touch(self) -> None:
+        if self._before is None:
+            check_stream(self.stream)
+            self._before = self.stream.state_dict()
+
+    def _reads_stream(self) -> bool:
+        """Whether it did, or will without another ratio."""
+        at_zero = self._real is not None and self._shares.is_fixed and not self._shares.at(self._step)
+        return self._before is not None or not at_zero
 
     def _step_key(self) -> tuple[int, ...]:
         return self.seed % 2**64, int(self.stream.rank), self._step
@@ -424,9 +442,10 @@ class StreamLoader:
 
         The real part is exact for a plain DataLoader (fast-forwarded, its random state put back) and as exact
         as torchdata's own for a StatefulDataLoader, which forgets the position of a `generator=` given to it
-        when the next epoch begins. A DALI iterator cannot be put back: raises StateError inside an epoch, and after a
-        resume between epochs it shuffles as a new one does (DALIStreamLoader is exact). The stream's part is None
-        while no synthetic image was taken.
+        when the next epoch begins. It is exact for a DALI iterator whose pipeline has enable_checkpointing=True.
+        Without, one with a fixed seed reads again all that was read before inside an epoch, one without raises
+        StateError there, and between epochs both shuffle as new ones do after a resume. The stream's part is None while
+        the ratio is 0 and no synthetic image was taken.
         """
         self._check_open()
         if self._mid_step:
@@ -447,18 +466,20 @@ class StreamLoader:
             "waiting": deferred.waiting if deferred is not None else None,
             "counts": {name: getattr(self._stats, name) for name in COUNTS},
             "real": self._real.state_dict() if self._real is not None else None,
-            "stream": self.stream.state_dict() if self._touched else None,
+            "stream": self.stream.state_dict() if self._reads_stream() else None,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from a state: the next epoch iterated is the rest of the one it was saved in.
 
         Of a state with every rank's part (`integrations.gather_state`) this rank's is taken, or its share where the
-        number of ranks has changed (real images then need a DistributedSampler in both runs). A ratio that was set
-        while training goes on. Raises StateError for a state of another kind of loader.
+        number of ranks has changed (real images then need a DistributedSampler in both runs, or the end of an epoch).
+        A ratio that was set while training goes on. Raises StateError for a state of another kind of loader.
         """
         self._check_open()
-        saved = own_state(saved, self.stream.rank, self.stream.world_size)
+        if not isinstance(saved, Mapping):
+            raise StateError(f"a StreamLoader's state_dict is needed, got a {type(saved).__name__}")
+        saved = own_state(saved, self)
         state.check(saved, self._identity())
         self._epoch, self._batch, self._step = saved["epoch"], saved["batch"], saved["step"]
         self._share = Share(Fraction(*saved["debt"]))
@@ -474,8 +495,11 @@ class StreamLoader:
             self._real.load_state_dict(saved["real"])
         self._class_weights = saved["class_weights"]
         if saved["stream"] is not None:
-            self._touched = True
+            self._touch()
             self.stream.load_state_dict(saved["stream"])
+        elif self._before is not None:
+            self.stream.load_state_dict(self._before)
+            self._before = None
         self._running, self._resumed, self._mid_step = None, True, False
 
     def _identity(self) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class Converter:
         if real is not None:
             self.dtype, self.device, self.format = real.dtype, real.device, memory_format(real)
             appearance = Appearance.of(real)
+            if normalize is not None and not real.is_floating_point():
+                raise UsageError(
+                    f"normalize= makes floats and the real images are {name_of(real.dtype)}: leave it out, and "
+                    "normalise the mixed batch as the real ones are"
+                )
         self._scale = normalize or (natural_scale(appearance) if appearance else None)
         self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None  # the scale, once it is there
         self._source = "dataset.transform" if from_dataset else "transform="
@@ -133,13 +138,12 @@ class Converter:
         from streamaug.kernels.collect import collect
 
         index = torch.arange(len(pixels), device=pixels.device)
-        if self.dtype == torch.uint8:
-            return collect(pixels, index, dtype=torch.uint8, memory_format=self.format)
+        if not self.dtype.is_floating_point:
+            return collect(pixels, index, dtype=torch.uint8, memory_format=self.format).to(self.dtype)
         if self._scale is not None and self._on_device is None:
             self._on_device = _per_channel(self._scale[0], pixels), _per_channel(self._scale[1], pixels)
         mean, std = self._on_device or (None, None)
-        dtype = self.dtype if self.dtype.is_floating_point else torch.float32
-        return collect(pixels, index, mean=mean, std=std, dtype=dtype, memory_format=self.format)
+        return collect(pixels, index, mean=mean, std=std, dtype=self.dtype, memory_format=self.format)
 
     def _transformed(self, images: np.ndarray, key: tuple[int, ...]) -> torch.Tensor:
         seeds = image_seeds(key, len(images))

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from loader.fakes import DIGITS, Images
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import streamaug as sa
 from streamaug.config import LoaderConfig, Recipe, StreamConfig
+from streamaug.integrations import gather_state
 from streamaug.orders import Planner, Schedule
 
 COUNT, BATCH, EPOCHS = 43, 8, 3
@@ -58,22 +60,34 @@ class Classifier(nn.Module):
         return self.layers(images)
 
 
-def torch_run(folder: Path, stream: sa.Stream, *, stop: int = 0, resume: bool = False, **options: Any) -> Delivered:
-    """torchrun and DistributedDataParallel, or a single process."""
+def torch_run(
+    folder: Path,
+    stream: sa.Stream,
+    *,
+    stop: int = 0,
+    resume: bool = False,
+    gather: bool = False,
+    stateful: bool = False,
+    **options: Any,
+) -> Delivered:
+    """torchrun and DistributedDataParallel, or a single process. `gather`: one state for any number of ranks."""
     torch.manual_seed(1)
     dataset = Images(COUNT)
     several = stream.world_size > 1
-    sampler = DistributedSampler(dataset) if several else RandomSampler(dataset)
-    real = DataLoader(dataset, batch_size=BATCH, sampler=sampler, num_workers=options.pop("num_workers", 0))
+    if several or gather:
+        sampler: Any = DistributedSampler(dataset, stream.world_size, stream.rank)
+    else:
+        sampler = RandomSampler(dataset)
+    kind = StatefulDataLoader if stateful else DataLoader
+    real = kind(dataset, batch_size=BATCH, sampler=sampler, num_workers=options.pop("num_workers", 0))
     loader = sa.StreamLoader(real, stream, ratio=0.5, with_ids=True, **options)
     model = nn.parallel.DistributedDataParallel(Classifier()) if several else Classifier()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    file, first_epoch, delivered = folder / f"torch_{stream.rank}.pt", 0, []
+    file, first_epoch, delivered = folder / f"torch_{0 if gather else stream.rank}.pt", 0, []
     if resume:
         torch.rand(5)
-        state = torch.load(file)
-        loader.load_state_dict(state)
-        first_epoch = state["epoch"]
+        loader.load_state_dict(torch.load(file))
+        first_epoch = loader.state_dict()["epoch"]
     for epoch in range(first_epoch, EPOCHS):
         loader.set_epoch(epoch)
         for images, labels, ids in loader:
@@ -82,7 +96,10 @@ def torch_run(folder: Path, stream: sa.Stream, *, stop: int = 0, resume: bool = 
             optimizer.step()
             delivered.append(written_down(images, ids))
             if len(delivered) == stop:
-                torch.save(loader.state_dict(), file)
+                state = gather_state(loader.state_dict()) if gather else loader.state_dict()
+                if stream.rank == 0 or not gather:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    torch.save(state, file)
                 return delivered
     return delivered
 
@@ -162,8 +179,10 @@ def lightning_run(
     resume: bool = False,
     every: int | None = None,
     callback: Any = None,
+    any_ranks: bool = False,
     combined: bool = False,
     shuffle: bool = True,
+    mode: str = "replace",
     displaced: str = "drop",
     **options: Any,
 ) -> Delivered:
@@ -172,6 +191,7 @@ def lightning_run(
     from lightning.pytorch.utilities import CombinedLoader
 
     delivered: Delivered = []
+    loaders: list[sa.StreamLoader] = []
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -180,6 +200,7 @@ def lightning_run(
 
         def training_step(self, batch, batch_idx):
             images, labels, ids = batch["mixed"] if combined else batch
+            assert loaders[-1].state_dict()["batch"] == batch_idx + 1, "Lightning and the loader count alike"
             delivered.append(written_down(images, ids))
             losses = nn.functional.cross_entropy(self.classifier(images), labels, reduction="none")
             return {"loss": losses.mean(), "losses": losses} if not combined else losses.mean()
@@ -193,7 +214,8 @@ def lightning_run(
     class Data(pl.LightningDataModule):
         def train_dataloader(self):
             real = DataLoader(Images(COUNT), batch_size=BATCH, shuffle=shuffle)
-            loader = sa.StreamLoader(real, stream, ratio=0.5, displaced=displaced, with_ids=True)
+            loader = sa.StreamLoader(real, stream, ratio=0.5, mode=mode, displaced=displaced, with_ids=True)
+            loaders.append(loader)
             other = DataLoader(Images(10), batch_size=4, generator=torch.Generator())
             return CombinedLoader({"mixed": loader, "other": other}, "max_size_cycle") if combined else loader
 
@@ -211,7 +233,7 @@ def lightning_run(
         accelerator="cpu",
         devices=stream.world_size,
         strategy="ddp" if several else "auto",
-        callbacks=[callback or sa_callback(), saving],
+        callbacks=[callback or sa_callback(any_ranks=any_ranks), saving],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -238,6 +260,13 @@ class Dictionaries(Images):
         return {"pixel_values": image, "labels": label}
 
 
+class WithoutLength(IterableDataset):
+    """Those images in their order."""
+
+    def __iter__(self):
+        return iter(Dictionaries(COUNT)[index] for index in range(COUNT))
+
+
 class Classifies(nn.Module):
     """As the Trainer calls models; writes down what it is given."""
 
@@ -258,7 +287,10 @@ def trainer_run(
     stop: int = 0,
     resume: bool = False,
     mixin: bool = False,
+    iterable: bool = False,
     every: int | None = None,
+    batch_size: int = BATCH,
+    mode: str = "replace",
     displaced: str = "drop",
     **options: Any,
 ) -> Delivered:
@@ -272,7 +304,7 @@ def trainer_run(
     arguments = TrainingArguments(
         str(folder / "trainer"),
         num_train_epochs=EPOCHS,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch_size,
         save_strategy="steps" if every or stop else "no",
         save_steps=every or stop or 500,
         use_cpu=True,
@@ -283,12 +315,12 @@ def trainer_run(
         seed=1,
         **options,
     )
-    model = Classifies()
-    mixed = {"ratio": 0.5, "displaced": displaced, "with_ids": True}
+    model, dataset = Classifies(), WithoutLength() if iterable else Dictionaries(COUNT)
+    mixed = {"ratio": 0.5, "mode": mode, "displaced": displaced, "with_ids": True}
     if mixin:
-        trainer = Mixed(model, arguments, train_dataset=Dictionaries(COUNT), stream=stream, stream_options=mixed)
+        trainer = Mixed(model, arguments, train_dataset=dataset, stream=stream, stream_options=mixed)
     else:
-        trainer = add_stream(Trainer(model, arguments, train_dataset=Dictionaries(COUNT)), stream, **mixed)
+        trainer = add_stream(Trainer(model, arguments, train_dataset=dataset), stream, **mixed)
     if stop:
         trainer.add_callback(stop_at(stop))
     if resume:
@@ -296,7 +328,7 @@ def trainer_run(
         resume = str(folder / "trainer" / resume) if isinstance(resume, str) else True
     trainer.train(resume_from_checkpoint=resume or None)
     if not stop and "max_steps" not in options:
-        assert trainer.state.epoch == EPOCHS
+        assert trainer.state.epoch == EPOCHS and trainer.state.global_step == trainer.state.max_steps
     return model.delivered
 
 

@@ -6,6 +6,7 @@ import torch
 from loader.fakes import DIGITS, FakeStream, Images, real_loader
 from stream.fakes import running, until
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from streamaug.errors import StateError, UsageError
 from streamaug.integrations import StreamCallback
@@ -129,12 +130,22 @@ def test_feedback_names_classes_as_the_stream_numbers_them():
     assert labels[ids >= 0].tolist() == [i % 10 for i in ids[ids >= 0].tolist()]
 
 
-def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path):
+def test_one_process_may_shuffle_as_several_do_and_its_checkpoints_keep_to_that(tmp_path):
+    whole = run(tmp_path, any_ranks=True, every=1)
+    first = DistributedSampler(Images(COUNT), 1, 0)
+    assert [index for batch in whole[:1] for index in batch[1] if index >= 0] == [
+        index for index, number in zip(first, whole[0][0], strict=False) if number < 0
+    ]
+    assert run(tmp_path, resume="step=3.ckpt") == whole[3:]
+    assert run(tmp_path / "none", any_ranks=False)[:BATCHES] != whole[:BATCHES]
+
+
+def test_a_checkpoint_of_another_number_of_ranks_needs_an_order_that_all_of_them_draw(tmp_path):
     run(tmp_path, stop=2)
     file = next((tmp_path / "lightning").glob("*.ckpt"))
     checkpoint = torch.load(file)
     loop = checkpoint["loops"]["fit_loop"]["state_dict"]
     loop["combined_loader"] = [{"ranks": loop["combined_loader"] * 2}]
     torch.save(checkpoint, file)
-    with pytest.raises(StateError, match="saved by 2 ranks and is loaded by 1"):
+    with pytest.raises(StateError, match=r"saved by 2 ranks .* is loaded by 1: .*StreamCallback\(any_ranks=True\)"):
         run(tmp_path, resume=True)

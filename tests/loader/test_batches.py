@@ -1,4 +1,5 @@
 from collections import namedtuple
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -98,6 +99,19 @@ def test_synthetic_images_take_the_real_float_type(dtype):
     assert images.dtype == dtype
     expected = ((ids[ids >= 0] % 200 + 50) / 255).to(dtype)
     assert torch.allclose(images[ids >= 0][:, 0, 4, 4], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("mode", ["replace", "append"])
+def test_bytes_in_any_integer_type_are_met_with_bytes_and_are_not_to_be_normalised(dtype, mode):
+    """Hugging Face datasets give lists of pixels as int64."""
+    real = batches_of(lambda x, y: {"image": (x * 255).to(dtype), "label": y})
+    for batch in StreamLoader(real, FakeStream(), 0.5, mode, with_ids=True):
+        made = batch["synthetic_ids"] >= 0
+        assert batch["image"].dtype == dtype
+        assert batch["image"][made][:, 0, 4, 4].tolist() == (batch["synthetic_ids"][made] % 200 + 50).tolist()
+    with pytest.raises(UsageError, match=f"normalize= makes floats and the real images are {str(dtype)[6:]}"):
+        next(iter(StreamLoader(real, FakeStream(), 0.5, normalize=(0.5, 0.5))))
 
 
 @pytest.mark.parametrize(
@@ -283,3 +297,28 @@ def test_what_is_no_batch_is_refused_at_once_and_left_alone_at_ratio_0(batch):
     with pytest.raises(MismatchError, match=r"the real loader yields .*; a batch with labels is needed"):
         list(StreamLoader([batch], FakeStream(), ratio=0.5))
     assert list(StreamLoader([batch], FakeStream(), ratio=0)) == [batch]
+
+
+def test_a_mapping_that_cannot_be_changed_becomes_a_dict():
+    real = batches_of(lambda x, y: MappingProxyType({"image": x, "label": y, "epoch": 3}))
+    for batch in StreamLoader(real, FakeStream(), 0.5, with_ids=True):
+        assert list(batch) == ["image", "label", "epoch", "synthetic_ids"]
+        assert batch["image"].shape == (8, 1, 8, 8) and int((batch["synthetic_ids"] >= 0).sum()) == 4
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.bool, 10), (torch.int8, 200), (torch.uint8, 300)])
+def test_labels_of_a_type_too_small_for_the_streams_classes_are_refused(dtype, classes):
+    real = batches_of(lambda x, y: (x, (y % 2).to(dtype)))
+    stream = FakeStream(class_names=[f"class {i}" for i in range(classes)])
+    with pytest.raises(MismatchError, match=rf"labels {str(dtype)[6:]}(.|\n)*{classes} classes"):
+        next(iter(StreamLoader(real, stream, 0.5)))
+    two = StreamLoader(batches_of(lambda x, y: (x, y % 2 == 1)), FakeStream(class_names=["no", "yes"]), 0.5)
+    assert next(iter(two))[1].dtype == torch.bool
+
+
+@pytest.mark.parametrize("make", [lambda x, y: ((x, y), y), lambda x, y: ([x, x], y)], ids=["nested", "two views"])
+def test_tensors_inside_a_field_are_named_as_what_is_in_the_way(make):
+    with pytest.raises(
+        MismatchError, match="tensors inside a list or tuple: let the collate_fn give each its own field"
+    ):
+        next(iter(StreamLoader(batches_of(make), FakeStream(), 0.5)))

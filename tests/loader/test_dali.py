@@ -273,6 +273,72 @@ def test_at_ratio_zero_the_batches_are_dalis_own_and_the_stream_is_not_touched(f
     assert mixed == [plain(batch) for batch in alone] and synthetic.calls == 0
 
 
+class Steered(FakeStream):
+    """Makes images of the class that has the most weight, and with ids from 1000 on after a call of `feedback`."""
+
+    first = 0
+
+    def feedback(self):
+        self.first += 1000
+
+    def take(self, n):
+        made = super().take(n)
+        made.labels[:] = made.label_b[:] = 0 if self.class_weights is None else int(np.argmax(self.class_weights))
+        made.ids += self.first
+        return made
+
+    def state_dict(self):
+        return super().state_dict() | {"first": self.first}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.first = state["first"]
+
+
+def test_a_new_ratio_and_feedback_are_in_a_state_saved_while_the_pipeline_holds_images_taken_before_them(folder):
+    def read(mixed, synthetic, first, last):
+        """Batches `first` to `last` of a script that steers the stream as it goes."""
+        batches = (batch for _ in range(3) for [batch] in mixed)
+        for step in range(first, last):
+            if step in (2, 7):
+                mixed.ratio = {"ant": 0.3, "bee": 0.6} if step == 2 else {"ant": 0.7, "bee": 0.1}
+            if step in (3, 4, 8):
+                synthetic.feedback()
+            batch = next(batches)
+            yield batch["label"][:, 0].tolist(), batch["synthetic_ids"].tolist()
+
+    def built():
+        synthetic = Steered(SHAPE, CLASSES)
+        return loader(folder, synthetic), synthetic
+
+    whole = list(read(*built(), 0, 14))
+    synthetic_labels = [{label for label, identity in zip(*batch, strict=True) if identity >= 0} for batch in whole]
+    assert synthetic_labels[0] == {0} and {1} in synthetic_labels and synthetic_labels[-1] == {0}
+    for stop in range(1, 11):
+        mixed, synthetic = built()
+        assert list(read(mixed, synthetic, 0, stop)) == whole[:stop]
+        state = copy.deepcopy(mixed.state_dict())
+        mixed, synthetic = built()
+        mixed.load_state_dict(state)
+        assert plain(mixed.state_dict()) == plain(state), "saved again before the first batch"
+        assert list(read(mixed, synthetic, stop, stop + 1)) == whole[stop : stop + 1], stop
+        state = copy.deepcopy(mixed.state_dict())
+        mixed, synthetic = built()
+        mixed.load_state_dict(state)
+        assert list(read(mixed, synthetic, stop + 1, 14)) == whole[stop + 1 :], f"{stop}, resumed twice"
+
+
+def test_a_ratio_set_between_a_resume_and_its_first_batch_steers_what_the_pipeline_reads_next(folder):
+    first = loader(folder, Steered(SHAPE, CLASSES))
+    next(iter(first))
+    synthetic = Steered(SHAPE, CLASSES)
+    second = loader(folder, synthetic)
+    second.load_state_dict(first.state_dict())
+    second.ratio = {"ant": 0.1, "bee": 0.6}
+    list(second)
+    assert synthetic.take(1).labels.tolist() == [1]
+
+
 @pytest.mark.parametrize("options", [{}, {"mode": "append", "ratio": 0.3}, {"displaced": "defer"}])
 def test_readers_random_operators_and_the_stream_resume_exactly(folder, options):
     assert_resumes_exactly(lambda: loader(folder, noise=0.4, **options))
@@ -286,6 +352,55 @@ def test_the_state_survives_a_file(folder, tmp_path):
     second = loader(folder, noise=0.4)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert plain(next(iter(second))) == plain(next(batches))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("error", "failing"), [(RuntimeError, 1), (KeyboardInterrupt, 3), (KeyboardInterrupt, 5)])
+def test_an_interrupted_call_of_the_stream_inside_the_pipeline_mislabels_and_loses_nothing(
+    folder, error, failing, checkpointing
+):
+    def run(interrupted):
+        synthetic = stream()
+        mixed = loader(folder, synthetic, noise=0.4 if checkpointing else 0.0, checkpointing=checkpointing)
+        take, calls = synthetic.take, 0
+
+        def once(n):
+            nonlocal calls
+            calls += 1
+            if interrupted and calls == failing:
+                raise error("cell interrupted")
+            return take(n)
+
+        synthetic.take = once
+        made = []
+        epochs = 0
+        while epochs < 3:
+            try:
+                for [batch] in mixed:
+                    is_made = batch["synthetic_ids"] >= 0
+                    ids, pixels = batch["synthetic_ids"][is_made], batch["data"][is_made]
+                    assert pixels[:, 0, 4, 4].floor().tolist() == colours(ids.tolist())
+                    assert batch["label"][is_made][:, 0].tolist() == (ids % 2).tolist()
+                    # Without checkpoints the pipeline's own draws begin anew.
+                    made += zip(ids.tolist(), plain(pixels) if checkpointing else ids.tolist(), strict=True)
+                epochs += 1
+            except error:
+                if checkpointing:
+                    mixed.state_dict()
+        return sorted(made)
+
+    expected, delivered = run(False), run(True)
+    assert delivered[: len(expected)] == expected[: len(delivered)] and len(delivered) >= len(expected)
+
+
+def test_a_state_saved_before_the_first_synthetic_image_takes_the_loader_that_went_on_back_there(folder):
+    mixed = loader(folder, ratio=lambda step: 0.5 * (step > 1), noise=0.4)
+    batches = iter(mixed)
+    next(batches)
+    state = copy.deepcopy(mixed.state_dict())
+    expected = [plain(batch) for batch in batches]
+    mixed.load_state_dict(state)
+    assert [plain(batch) for batch in mixed] == expected and mixed.stats().synthetic
 
 
 def test_an_epoch_left_by_break_is_followed_by_a_whole_one(folder, caplog):
@@ -349,7 +464,7 @@ def test_without_dali_the_message_has_the_line_that_installs_it(monkeypatch):
 def test_over_a_producer_process_images_arrive_resume_exactly_and_nothing_stays_behind(folder):
     gc.collect()
     before, python_threads = threads(), set(threading.enumerate())
-    options = {"engine_options": {"image_shape": list(streams.IMAGE_SHAPE)}}
+    options = {"engine_options": {"image_shape": list(streams.IMAGE_SHAPE)}, "in_flight": 1}
 
     @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, exec_dynamic=False, seed=3)
     def grey(source=None):
@@ -362,13 +477,19 @@ def test_over_a_producer_process_images_arrive_resume_exactly_and_nothing_stays_
             images, labels = fn.external_source(source=source, num_outputs=2)
         return fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=[0.0], std=[1.0]), labels
 
-    def run(batches, state=None):
+    def run(batches, state=None, steered=False):
         with streams.make_stream(backend="process", **options) as real:
             mixed = DALIStreamLoader(grey, real, 0.5, with_ids=True, classes=["0", "1", "2", "3"])
             if state is not None:
                 mixed.load_state_dict(state)
             epochs = (batch for _ in range(2) for batch in mixed)
-            read = [plain(next(epochs)) for _ in range(batches)]
+            read = []
+            for _ in range(batches):
+                [batch] = next(epochs)
+                read.append(plain([batch]))
+                labels = batch["label"][:, 0]
+                if steered:
+                    real.feedback(labels, 1 + 9 * (labels == 3))
             state = copy.deepcopy(mixed.state_dict())
             epochs.close()
             mixed.close()
@@ -386,9 +507,12 @@ def test_over_a_producer_process_images_arrive_resume_exactly_and_nothing_stays_
         if identity >= 0
     }
     assert pixels == {made for *_, made in streams.undisturbed([22])}
-    head, state = run(5)
-    tail, _ = run(7, state)
-    assert head + tail == whole
+    steered, _ = run(12, steered=True)
+    assert steered != whole
+    for feedback, expected in ((False, whole), (True, steered)):
+        head, state = run(5, steered=feedback)
+        tail, _ = run(7, state, steered=feedback)
+        assert head + tail == expected
     gc.collect()
     streams.until(lambda: threads() <= before, 5)
     assert set(threading.enumerate()) <= python_threads

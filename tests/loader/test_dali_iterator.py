@@ -1,5 +1,6 @@
 """DALI's own PyTorch iterators, wrapped: the script around them stays as it is."""
 
+import copy
 import logging
 
 import numpy as np
@@ -12,7 +13,7 @@ from streamaug.loader import DALIStreamLoader, StreamLoader, ranks
 from streamaug.loader.compose import Composer, Options
 from streamaug.loader.stats import LoaderStats
 
-from .conformance import plain
+from .conformance import assert_resumes_exactly, plain
 from .fakes import FakeStream
 
 dali = pytest.importorskip("nvidia.dali")
@@ -246,7 +247,116 @@ def test_an_iterator_without_a_size_has_no_length_and_is_read_until_it_ends(fold
     assert [len([*loader]) for _ in range(2)] == [3, 3]
 
 
-def test_a_state_is_refused_inside_an_epoch_and_goes_on_between_epochs(folder, caplog):
+@pipeline_def(batch_size=BATCH, num_threads=1, device_id=None)
+def augmenting(folder, pad=True):
+    """Shuffled, with draws of its own."""
+    encoded, labels = fn.readers.file(file_root=str(folder), random_shuffle=True, pad_last_batch=pad, name="reader")
+    images = fn.crop_mirror_normalize(fn.decoders.image(encoded, device="cpu"), dtype=types.FLOAT)
+    return images * fn.random.uniform(range=[0.9, 1]), labels
+
+
+def checkpointed(folder, seed=3, pad=True, **executor):
+    return augmenting(folder, seed=seed, pad=pad, enable_checkpointing=True, **executor)
+
+
+@pytest.mark.parametrize("executor", [{"exec_dynamic": False}, {"exec_dynamic": True, "prefetch_queue_depth": 3}])
+@pytest.mark.parametrize("auto_reset", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "pad"),
+    [
+        (LastBatchPolicy.PARTIAL, True),
+        pytest.param(LastBatchPolicy.DROP, True, marks=pytest.mark.matrix),
+        pytest.param(LastBatchPolicy.FILL, True, marks=pytest.mark.matrix),
+        (LastBatchPolicy.FILL, False),
+    ],
+)
+def test_a_pipeline_with_checkpoints_resumes_exactly_anywhere(folder, policy, pad, auto_reset, executor):
+    def build():
+        pipeline = checkpointed(folder, pad=pad, **executor)
+        return wrapped(folder, policy=policy, pipeline=pipeline, auto_reset=auto_reset)
+
+    assert_resumes_exactly(build)
+
+
+@pytest.mark.parametrize("auto_reset", [True, False])
+@pytest.mark.parametrize("options", [{"mode": "append", "ratio": 0.3}, {"displaced": "defer"}])
+def test_a_pipeline_with_checkpoints_resumes_exactly_in_every_mode(folder, options, auto_reset):
+    assert_resumes_exactly(lambda: wrapped(folder, pipeline=checkpointed(folder), auto_reset=auto_reset, **options))
+
+
+def test_checkpoints_need_no_seed_and_survive_a_file(folder, tmp_path, caplog):
+    first = wrapped(folder, pipeline=checkpointed(folder, seed=None))
+    batches = (batch for _ in range(3) for batch in first)
+    for _ in range(9):
+        next(batches)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = wrapped(folder, pipeline=checkpointed(folder, seed=None))
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [plain(batch) for _ in range(2) for batch in second] == [plain(batch) for batch in batches]
+    assert "again" not in caplog.text and "anew" not in caplog.text
+
+
+def test_without_checkpoints_a_seeded_pipeline_is_read_again_from_its_beginning_at_a_cost_that_is_said(folder, caplog):
+    def build(seed=3, auto_reset=True):
+        return wrapped(folder, pipeline=augmenting(folder, seed=seed), auto_reset=auto_reset)
+
+    for auto_reset in (True, False):
+        for stop in (1, 4, 8):
+            first = build(auto_reset=auto_reset)
+            batches = (batch for _ in range(3) for batch in first)
+            for _ in range(stop):
+                next(batches)
+            state = copy.deepcopy(first.state_dict())
+            second = build(auto_reset=auto_reset)
+            second.load_state_dict(state)
+            assert second.state_dict() == state
+            caplog.clear()
+            again = (batch for _ in range(3) for batch in second)
+            assert plain(next(again)) == plain(next(batches))
+            assert f"{stop} batches are read again" in caplog.text and "enable_checkpointing=True" in caplog.text
+            assert f"reading {stop} batches again took 0." in caplog.text
+            third = build(auto_reset=auto_reset)
+            third.load_state_dict(copy.deepcopy(second.state_dict()))
+            expected = [plain(batch) for batch in batches]
+            assert [plain(batch) for batch in again][: len(expected)] == expected
+            assert [plain(batch) for _ in range(3) for batch in third][: len(expected)] == expected
+    with pytest.raises(StateError, match=r"has read .* batches and cannot go back"):
+        second.load_state_dict(state)
+    with pytest.raises(StateError, match=r"seed of the DALI pipeline was 3 .* and is 4 now"):
+        build(seed=4).load_state_dict(state)
+
+
+def test_a_state_of_a_pipeline_with_checkpoints_needs_one(folder):
+    first = wrapped(folder, pipeline=checkpointed(folder))
+    next(iter(first))
+    with pytest.raises(StateError, match="built without enable_checkpointing=True"):
+        wrapped(folder).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_the_rest_of_a_resumed_epoch_can_be_left(folder, checkpoints):
+    def build():
+        return wrapped(folder, pipeline=augmenting(folder, seed=3, enable_checkpointing=checkpoints))
+
+    first = build()
+    batches = iter(first)
+    for _ in range(4):
+        next(batches)
+    state = copy.deepcopy(first.state_dict())
+    assert len(list(batches)) == 2
+    next_epoch = [batch for [batch] in StreamLoader(first.real_loader, stream(), 0)]
+    second = build()
+    second.load_state_dict(state)
+    second.end_resumed_epoch()
+    for [batch], real in zip(second, next_epoch, strict=True):
+        kept = batch["synthetic_ids"] < 0
+        assert torch.equal(batch["data"][kept], real["data"][kept]) and bool((~kept).any())
+
+
+def test_without_seed_and_checkpoints_a_state_is_refused_inside_an_epoch_and_goes_on_between_epochs(folder, caplog):
+    def wrapped(folder):
+        return StreamLoader(iterator(folder, pipeline=augmenting(folder, seed=None)), stream(), 0.5, with_ids=True)
+
     whole = wrapped(folder)
     expected = [plain(batch) for _ in range(2) for batch in whole][6:]
     first = wrapped(folder)
@@ -254,7 +364,7 @@ def test_a_state_is_refused_inside_an_epoch_and_goes_on_between_epochs(folder, c
     assert first.state_dict()["real"] == {"pulled": 0, "finished": False}
     for _ in range(5):
         next(batches)
-        with pytest.raises(StateError, match=r"cannot be resumed inside an epoch: .*sa\.DALIStreamLoader"):
+        with pytest.raises(StateError, match=r"inside an epoch: .*enable_checkpointing=True.*sa\.DALIStreamLoader"):
             first.state_dict()
     next(batches)
     before_its_end = first.state_dict()

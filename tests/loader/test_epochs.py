@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from streamaug.errors import UsageError
+from streamaug.errors import StateError, UsageError
 from streamaug.loader import StreamLoader
 
 from .fakes import DIGITS, DyingImages, FailingImages, FakeStream, Images, listed, real_indices, real_loader
@@ -72,6 +72,21 @@ def test_what_scripts_and_frameworks_read_is_forwarded():
         assert getattr(loader, name) is getattr(real, name)
     assert not isinstance(loader, DataLoader)
     assert not hasattr(loader, "_iterator") and not hasattr(loader, "no_such_thing")
+
+
+def test_what_scripts_set_is_set_on_the_real_loader_or_refused_by_it():
+    class Mixing(list):
+        mixup = True
+
+    loader = StreamLoader(Mixing(real_loader()), FakeStream(), 0.5)
+    loader.mixup = False
+    assert not loader.real_loader.mixup
+    loader.note = "a name of the script's own"
+    assert loader.note and not hasattr(loader.real_loader, "note")
+    loader = StreamLoader(real_loader(), FakeStream(), 0.5)
+    with pytest.raises(ValueError, match="batch_size attribute should not be set"):
+        loader.batch_size = 4
+    assert loader.batch_size == 8
 
 
 def test_set_epoch_reaches_the_sampler():
@@ -198,6 +213,7 @@ def test_without_real_images_the_epoch_has_the_steps_asked_for():
     epochs = [list(loader), list(loader)]
     assert [len(epoch) for epoch in epochs] == [3, 3]
     assert epochs[0][0][0].min() == -1
+    assert len(list(StreamLoader(None, stream, epoch_steps=np.int64(2), batch_size=np.int64(4)))) == 2
     doubled = StreamLoader(None, stream, epoch_steps=1, transform=lambda image: image.half() * 2)
     assert next(iter(doubled))[0].dtype == torch.float16
 
@@ -244,7 +260,11 @@ def test_classification_accuracy_score_a_classifier_of_synthetic_images_alone_kn
         ((None, FakeStream()), {"epoch_steps": 0}, "epoch_steps"),
         ((None, FakeStream()), {"epoch_steps": 5, "ratio": 0.5}, "leave ratio out"),
         ((None, FakeStream()), {"epoch_steps": 5, "batch_size": -1}, "batch_size is a number of images from 1, got -1"),
+        ((None, FakeStream()), {"epoch_steps": 5, "batch_size": 0}, "batch_size is a number of images from 1, got 0"),
+        ((None, FakeStream()), {"epoch_steps": 5, "batch_size": "8"}, "images from 1, got '8'"),
+        ((None, FakeStream()), {"epoch_steps": 5, "batch_size": 2.5}, "images from 1, got 2.5"),
         ((None, FakeStream(starved="real")), {"epoch_steps": 5}, "starved"),
+        (([], FakeStream()), {"seed": None}, "seed is an integer, got None"),
         (([], FakeStream()), {"epoch_steps": 5}, "leave them out"),
         ((3, FakeStream()), {}, "a loader of batches, got a int"),
         ((FakeStream(), []), {}, "the second argument is a Stream"),
@@ -260,3 +280,55 @@ def test_classification_accuracy_score_a_classifier_of_synthetic_images_alone_kn
 def test_arguments_that_cannot_be_used_are_refused_with_what_can(arguments, options, message):
     with pytest.raises(UsageError, match=message):
         StreamLoader(*arguments, **options)
+
+
+def test_a_state_of_ratio_0_takes_a_loader_that_went_on_at_another_ratio_back_to_where_the_stream_was_found():
+    stream = FakeStream()
+    stream.take(7)
+    loader = StreamLoader(real_loader(), stream, 0, with_ids=True)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    assert state["stream"] is None
+
+    def rest(batches):
+        loader.ratio = {"0": 0.5, "default": 0.25}
+        return [listed(batch) for batch in batches]
+
+    expected = rest(batches)
+    assert loader.stats().synthetic and stream.class_weights
+    after = loader.state_dict()
+    for _ in range(2):
+        loader.load_state_dict(state)
+        assert stream.next_id == 7 and stream.class_weights is None
+        loader.ratio = 0
+        assert loader.state_dict()["stream"] is None
+        assert rest(loader) == expected
+    stream = FakeStream()
+    stream.take(7)
+    loader = StreamLoader(real_loader(), stream, 0, with_ids=True)
+    loader.load_state_dict(after)
+    loader.load_state_dict(state)
+    assert rest(loader) == expected
+
+
+def test_feedback_given_while_a_schedule_is_still_at_0_is_in_the_state():
+    class Told(FakeStream):
+        def feedback(self, labels, losses):
+            self.class_weights = losses
+
+    def build():
+        return StreamLoader(real_loader(), Told(), lambda step: 0.5 * (step > 1))
+
+    loader = build()
+    next(iter(loader))
+    loader.stream.feedback([0], [2.0])
+    resumed = build()
+    resumed.load_state_dict(loader.state_dict())
+    assert resumed.stream.class_weights == [2.0]
+
+
+@pytest.mark.parametrize("state", [None, [1], "state.pt"])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(StateError, match=f"a StreamLoader's state_dict is needed, got a {type(state).__name__}"):
+        StreamLoader(real_loader(), FakeStream(), 0.5).load_state_dict(state)

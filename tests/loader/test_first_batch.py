@@ -27,6 +27,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         (torch.rand(8, 3, 8, 8), "0 to 1"),
         (torch.rand(8, 3, 8, 8) * 0.5 + 0.2, "0 to 1"),
         (torch.rand(8, 3, 8, 8) * 255, "0 to 255"),
+        (torch.rand(8, 3, 8, 8) * 280 - 12, "0 to 255"),  # as bicubic resizing and a change of contrast leave them
         (torch.randint(0, 9, (8, 3, 8, 8), dtype=torch.uint8), "0 to 255"),
         (torch.rand(8, 3, 8, 8) * 2 - 1, "-1 to 1"),
         (torch.rand(8, 3, 8, 8) * 1.9 - 0.95, "-1 to 1"),

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import gc
 import json
 import os
@@ -371,3 +372,48 @@ def test_a_held_unstopped_graph_lets_the_interpreter_exit(backend, seconds):
     assert any(int(identity) >= 0 for identity in ended.stdout[1:].partition("]")[0].split(","))
     pids = [int(pid) for pid in ended.stdout.partition("]")[2].split()]
     streams.until(lambda: not any(streams.running(pid) for pid in pids), 3)
+
+
+class Steered(FakeStream):
+    """Makes ids from 1000 on after a call of `feedback`."""
+
+    first = 0
+
+    def feedback(self):
+        self.first += 1000
+
+    def take(self, n):
+        made = super().take(n)
+        made.ids += self.first
+        return made
+
+    def state_dict(self):
+        return super().state_dict() | {"first": self.first}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.first = state["first"]
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_feedback_given_while_samples_of_one_reading_are_left_is_in_the_state(batch_size):
+    def read(node, first, last):
+        for step in range(first, last):
+            if step in (3, 20):
+                node.stream.feedback()
+            yield plain(next(node))
+
+    def build(state=None):
+        node = StreamNode(Steered(), batch_size, with_ids=True)
+        node.reset(state)
+        return node
+
+    whole = list(read(build(), 0, 40))
+    assert len({str(item[2])[:2] for item in whole}) > 2
+    for stop in (2, 3, 4, 15, 16, 17, 21, 32):
+        node = build()
+        assert list(read(node, 0, stop)) == whole[:stop]
+        node = build(copy.deepcopy(node.get_state()))
+        assert list(read(node, stop, stop + 2)) == whole[stop : stop + 2]
+        node = build(copy.deepcopy(node.get_state()))
+        assert list(read(node, stop + 2, 40)) == whole[stop + 2 :], stop

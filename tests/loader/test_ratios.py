@@ -122,6 +122,16 @@ def test_by_class_numbers_are_real_labels_where_the_stream_orders_its_classes_di
     assert np.flatnonzero(stream.class_weights).tolist() == [1]
 
 
+def test_a_function_that_gives_no_ratio_is_named_with_the_step():
+    def rising(step):
+        return step / 2
+
+    batches = iter(StreamLoader(real_loader(), FakeStream(), rising))
+    next(batches), next(batches)
+    with pytest.raises(UsageError, match=r"ratio=.*rising.* at step 2: ratio is .*got 1.0"):
+        next(batches)
+
+
 def test_a_ratio_of_nothing_leaves_the_stream_alone():
     loader = pets({"default": 0})
     list(loader)

@@ -176,6 +176,20 @@ def test_all_that_differs_is_named_at_once_and_a_state_of_no_loader_is_refused()
         Run().loader.load_state_dict({})
 
 
+def test_passing_over_batches_of_an_epoch_that_was_resumed_passes_over_none():
+    expected = list(Run(generator=True).batches(1))
+    run = Run(generator=True)
+    batches = run.batches(1)
+    for _ in range(3):
+        next(batches)
+    for first in (2, 3, 5):
+        fresh = Run(generator=True)
+        fresh.loader.load_state_dict(run.loader.state_dict())
+        rest = fresh.loader.from_batch(first)
+        assert len(rest) == 2 and [listed(batch) for batch in rest] == expected[3:]
+    assert len(list(Run(generator=True).loader.from_batch(2))) == 3
+
+
 def test_counts_go_on_after_a_resume():
     run = Run()
     batches = run.batches(1)

@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
@@ -49,6 +49,20 @@ def test_synthetic_images_go_through_the_datasets_transform(transform, subset):
     images, _, _ = next(iter(loader))
     assert images.shape == (8, 3, 8, 8) and images.min() < 0
     assert loader.stats().transform_seconds > 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_transform_of_concatenated_datasets_is_used_where_it_is_one(same, caplog):
+    caplog.set_level("INFO", "streamaug")
+    parts = [Photos(transform=RANDOM_V1), Photos(transform=RANDOM_V1 if same else RANDOM_V2)]
+    loader = StreamLoader(DataLoader(ConcatDataset(parts), batch_size=8), FakeStream((3, 8, 8)), 0.5)
+    if same:
+        next(iter(loader))
+        assert loader.stats().transform_seconds > 0 and "no `transform`" not in caplog.text
+    else:
+        with pytest.raises(MismatchError, match="range"):
+            next(iter(loader))
+        assert "the real dataset has no `transform` that holds for all its images" in caplog.text
 
 
 def test_grey_images_are_handed_to_the_transform_as_grey_pil_images():
@@ -177,7 +191,8 @@ def test_a_normalisation_that_gives_no_numbers_is_refused(normalize):
         (torch.rand(8, 1, 8, 8) * 16, {}, "range"),
         (torch.randn(8, 1, 8, 8), {}, "range"),
         ((torch.rand(8, 1, 8, 8) * 255).to(torch.uint8), {"transform": lambda x: x / 255}, "dtype"),
-        (torch.randint(0, 255, (8, 1, 8, 8)), {}, "dtype"),
+        (torch.randint(0, 255, (8, 1, 8, 8)), {"transform": lambda x: x / 255}, "dtype"),
+        (torch.randint(0, 4096, (8, 1, 8, 8)), {}, "range"),
     ],
 )
 def test_images_that_do_not_agree_are_refused_before_the_stream_starts(real, options, what):

@@ -1,6 +1,8 @@
 """Encoded prompts: one file a model and its wordings, made once, and which wording an order gets."""
 
+import gc
 import shutil
+import weakref
 
 import diffusers
 import numpy as np
@@ -53,6 +55,20 @@ def test_a_second_call_loads_no_text_encoder(model, tmp_path, monkeypatch):
     assert first.stat().st_mtime_ns == written
     with pytest.raises(AssertionError, match="loaded again"):
         encode_prompts(model, CLASSES, [*TEMPLATES, "a {}"], tmp_path)
+
+
+def test_the_text_encoder_is_gone_when_the_prompts_are_encoded(model, tmp_path, monkeypatch):
+    original, made = prompts.load_text_encoder, []
+
+    def load(*args):
+        encoder = original(*args)
+        made.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(prompts, "load_text_encoder", load)
+    encode_prompts(model, CLASSES, TEMPLATES, tmp_path)
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
 
 
 def test_another_text_class_order_or_token_is_another_file(model, tmp_path):

@@ -381,5 +381,6 @@ def saved_scheduler(path: Path, component: str = "scheduler") -> Any:
 
 def _scheduler_name(path: Path, component: str) -> str:
     """The class that model_index.json names, by which a pipeline goes; else that of the scheduler's configuration."""
-    _, named = read_json(path, "model_index.json").get(component) or (None, None)
+    entry = read_json(path, "model_index.json").get(component)
+    named = entry[-1] if isinstance(entry, list) and entry else None
     return str(named or read_json(path, f"{component}/scheduler_config.json").get("_class_name", ""))

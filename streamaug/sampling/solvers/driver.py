@@ -71,7 +71,10 @@ class Driver:
         if not 0 <= start < steps or self.first >= len(self._all):
             raise ModelError(f"start {start}: {name} has {len(self._all)} evaluations in {steps} steps")
         if start > 0 and name == "PNDMScheduler" and not setting(scheduler, "skip_prk_steps"):
-            raise ModelError("PNDMScheduler with Runge-Kutta steps starts at step 0 only; set skip_prk_steps to true")
+            raise ModelError(
+                "PNDMScheduler with Runge-Kutta steps starts at step 0 only; set model.scheduler_config to "
+                "{skip_prk_steps: true}"
+            )
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(self.first)
         self.timesteps = self._all[self.first :]

@@ -74,6 +74,12 @@ def test_a_stepped_run_is_the_schedulers_own(scheduler):
         assert torch.equal(sample(solver, x, outputs), expected)
 
 
+def test_runge_kutta_steps_cannot_be_entered_part_way_and_the_setting_that_can_is_named():
+    with pytest.raises(ModelError, match=r"set model\.scheduler_config to \{skip_prk_steps: true\}"):
+        solver_for(PNDMScheduler(), 6, 2)
+    assert len(solver_for(PNDMScheduler(skip_prk_steps=True), 6, 2)) == 5
+
+
 def test_a_stepped_run_takes_options_of_the_step_and_of_the_timesteps():
     scheduler = DDPMScheduler(variance_type="learned_range")
     solver = SteppedSolver(scheduler, 3, timing={"timesteps": [900, 400, 50]})
