@@ -115,7 +115,7 @@ class ModelConfig(Section):
     variant: str | None = None  # "fp16" reads diffusion_pytorch_model.fp16.safetensors
     scheduler: str = "keep"  # the model's own, an alias such as "ddim" or "dpmsolver++", or a diffusers class name
     scheduler_config: dict[str, Any] = {}  # overrides of the scheduler's configuration, such as use_karras_sigmas
-    eta: Annotated[float, Field(ge=0, le=1)] | None = None  # DDIM's noise: 0 none, 1 as much as DDPM
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None  # noise of DDIM's and TCD's step; null: the pipeline's
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     null_class: int | None = None  # the label that means "no class", for classifier-free guidance
     # Wordings, of which each image gets one; {} is the class name. Or a list for each class by name, and "default".
@@ -173,7 +173,7 @@ class DdimConfig(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None  # of the reverse pass; null: model.steps
     depth: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the schedule that is run backwards
     iterations: Annotated[int, Field(ge=0)] = 5  # fixed-point iterations a step; 0 takes each step as it comes
-    guidance: Annotated[float, Field(ge=0)] = 1.0  # classifier-free guidance scale of the reverse pass
+    guidance: Annotated[float, Field(ge=0)] = 1.0  # classifier-free scale of the reverse pass; 1 and below are off
 
 
 class EmbeddingConfig(Section):
@@ -233,7 +233,7 @@ class Recipe(Section):
     alpha: Range = (0.1, 0.1)  # embedding: weight of the partner
     lambd: Range = (0.1, 0.1)  # embedding: weight of the noise
     conditioning: Literal["label", "embedding"] = "label"  # what the network is told: class or prompt, or bank rows
-    guidance: Range = (1.0, 1.0)  # classifier-free guidance scale; 1 is off
+    guidance: Range = (1.0, 1.0)  # classifier-free guidance scale; 1 and below are off
     classifier_guidance: Range = (0.0, 0.0)  # scale of the judge's gradient; 0 is off
 
     @property

@@ -257,7 +257,7 @@ class Ddim:
         images["label"] = images["label_b"] = labels
         images["row_a"] = images["row_b"] = -1
         images["guidance"] = scale
-        guided = denoiser.guidance == "cfg" and scale != 1.0
+        guided = denoiser.guidance == "cfg" and scale > 1.0
         conditioning = denoiser.condition(OrderBatch(0, self.start, 0, 0, images), {}, guided)
         timesteps = torch.from_numpy(self.solver.timesteps).to(self._device, torch.float32)
         scales = torch.full((count,), scale, device=self._device)
@@ -276,7 +276,7 @@ class Ddim:
         return denoisers.load(self._info, self._load_settings)
 
     def _check_guidance(self) -> None:
-        if self._settings.guidance == 1.0 or self._info.guidance == "embedded":
+        if self._settings.guidance <= 1.0 or self._info.guidance == "embedded":
             return
         if self._info.guidance == "none":
             raise ConfigError("bank.ddim.guidance: this model has no condition to leave out; set it to 1")

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -40,8 +40,9 @@ log = logging.getLogger("streamaug")
 class Stream:
     """An endless, reproducible stream of synthetic images, made by producers while the caller trains.
 
-    `take` is called from one thread at a time. Producers start at the first `take` (or at `start`) and end
-    with `close`, with the stream's garbage collection, or with the process, however it ends.
+    `take` is called from one thread at a time; what changes or tells the state waits until it has returned. Producers
+    start at the first `take` (or at `start`) and end with `close`, with the stream's garbage collection, or with the
+    process, however it ends.
     """
 
     def __init__(
@@ -229,8 +230,9 @@ class Stream:
         Raises UsageError for lengths that differ, DataError for a class that is none.
         """
         self._require_usable()
-        self._undo_interrupted()
-        self._plan.feedback(labels, losses, ids)
+        with self._taking:
+            self._undo_interrupted()
+            self._plan.feedback(labels, losses, ids)
 
     def publish_judge(self, state: np.ndarray) -> int:
         """Publish a new state of the live judge (uint8, as long as the first); returns its version.
@@ -238,8 +240,9 @@ class Stream:
         Batches planned from now on are judged with it, `in_flight` batches ahead; those in flight are not.
         """
         self._require_usable()
-        self._undo_interrupted()
-        return self._plan.publish_judge(state)
+        with self._taking:
+            self._undo_interrupted()
+            return self._plan.publish_judge(state)
 
     def replan(
         self,
@@ -258,20 +261,22 @@ class Stream:
         self._require_usable()
         classes = arrays.weights("class_weights", class_weights, self.planner.num_classes)
         rows = arrays.weights("row_weights", row_weights, len(self.planner.row_labels))
-        self._undo_interrupted()
-        if judge_state is not None:
-            self.publish_judge(judge_state)
-        if self._manifest is not None:
-            self._manifest.mark(self._plan.position())
-        self._delivery.drop_everything()
-        self._plan.switch(classes, rows, first_k)
+        with self._taking:
+            self._undo_interrupted()
+            if judge_state is not None:
+                self.publish_judge(judge_state)
+            if self._manifest is not None:
+                self._manifest.mark(self._plan.position())
+            self._delivery.drop_everything()
+            self._plan.switch(classes, rows, first_k)
 
     # Where it is.
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on with the very next image: plain numbers, strings, lists and dicts;
         states of a live judge, if any was published, as uint8 tensors under "tensors"."""
-        return self._position().state_dict(self._identity)
+        with self._taking:
+            return self._position().state_dict(self._identity)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called, with any number of producers.
@@ -279,8 +284,10 @@ class Stream:
         Raises StateError when the state belongs to another plan, batch size, in_flight, rank or judge.
         """
         self._require_usable()
-        self._go_to(Position.from_state(state, self._identity))
-        self._before = None
+        position = Position.from_state(state, self._identity)
+        with self._taking:
+            self._go_to(position)
+            self._before = None
 
     def _go_to(self, position: Position) -> None:
         if self._manifest is not None:
@@ -359,6 +366,12 @@ class Stream:
             if self._manifest is not None:
                 self._manifest.close(self._position())
         self._finalizer.detach()
+
+    def __reduce__(self) -> NoReturn:
+        raise StreamaugError(
+            "a stream cannot be copied or pickled, its producers and memory belong to this process: make it where it "
+            "is used, and keep `state_dict()` to go on elsewhere"
+        )
 
     def __enter__(self) -> "Stream":
         return self

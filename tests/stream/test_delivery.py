@@ -1,4 +1,6 @@
+import copy
 import os
+import pickle
 import threading
 import time
 from pathlib import Path
@@ -324,3 +326,27 @@ def test_producers_are_processes_of_their_own():
         assert all(os.getpriority(os.PRIO_PROCESS, pid) == 3 for pid in pids)
         environment = Path(f"/proc/{pids[0]}/environ").read_bytes().split(b"\0")
         assert b"OMP_NUM_THREADS=1" in environment
+
+
+def test_feedback_from_another_thread_waits_for_the_call_in_progress():
+    taken: list[int] = []
+    with make_stream(backend="local", engine_options={"seconds": 0.002}) as stream:
+
+        def read_ahead() -> None:
+            for _ in range(30):
+                taken.extend(stream.take(13).ids.tolist())
+
+        reader = threading.Thread(target=read_ahead, daemon=True)
+        reader.start()
+        deadline = time.monotonic() + 30
+        while reader.is_alive() and time.monotonic() < deadline:
+            stream.feedback([0, 1, 2, 3], [1.0, 2.0, 3.0, 1.0])
+            time.sleep(0.001)
+        assert not reader.is_alive()
+    assert len(taken) == len(set(taken)) == 30 * 13
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_stream_that_is_copied_or_pickled_says_why_not(copied):
+    with make_stream() as stream, pytest.raises(StreamaugError, match=r"cannot be copied or pickled.*make it where"):
+        copied(stream)

@@ -186,6 +186,7 @@ def test_a_stopped_producer_is_reported_and_then_replaced(tmp_path, caplog):
     (reported,) = [seconds for line, seconds in said.items() if "has made no progress for" in line]
     replaced = min(seconds for line, seconds in said.items() if "replacing it" in line)
     assert 0.3 < reported < 5 * 0.4 and 0.9 < replaced < 5 * 1.0
+    assert caplog.text.count("replacing it") == 1
 
 
 def test_slow_work_is_not_a_hang_as_long_as_it_beats(caplog):

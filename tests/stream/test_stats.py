@@ -94,6 +94,26 @@ def test_the_stage_that_limits_is_named_in_words_also_when_the_first_wait_was_lo
     assert recorder.stats(1, 0).limit.startswith("training limits")
 
 
+def test_a_judge_that_rejects_most_is_named_beside_the_stage():
+    recorder, order = Recorder(["cat", "dog", "fox", "owl"], 1), make_planner(64).batch(0, make_planner(64).uniform())
+    for k in range(100):
+        recorder.arrived(order, FakeSlot(64, 20_000_000 * k, 20_000_000 * (k + 1), rejected=56))
+        recorder.took(8, 0.02 * k, 0.02 * k + 0.01, 0.01, (1, 0))
+    assert recorder.stats(0, 0).limit.endswith("sample takes 60% of its time; the judge rejects 88% of what is made")
+
+
+@pytest.mark.parametrize(("in_flight", "limited"), [(2, True), (16, False)])
+def test_a_loop_that_waits_for_more_at_once_than_is_in_flight_is_told_so(in_flight, limited):
+    with make_stream(in_flight=in_flight, backend="local", engine_options={"seconds": 0.004}) as stream:
+        stream.take(1)
+        for _ in range(12):
+            stream.take(48)  # six batches, made in 24 ms
+            time.sleep(0.05)
+        said = stream.stats().limit
+    assert said.startswith("batches in flight limit training: producers could feed ") == limited, said
+    assert said.endswith("more stream.in_flight evens that out") == limited
+
+
 def test_a_stage_of_the_trainers_own_that_takes_much_of_its_time_is_named():
     recorder = recorded(70)
     recorder.planned(64, 10**15)

@@ -208,6 +208,7 @@ class Keeper:
                         "(stream.hang_timeout); only stream.backend: process can replace a hung producer"
                     )
                 )
+            watch.stalled = 0.0  # once is enough, until its end is seen
 
     def _replace(self, watch: Watch) -> None:
         ring = watch.lane.ring

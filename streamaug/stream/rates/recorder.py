@@ -15,6 +15,8 @@ _SAMPLE = STAGES.index("sample")
 _TRAINERS = ("plan", "collect")  # the stages on the trainer's side
 _SHORT = 0.05  # share of its time, or of its images, that a loop must miss before the producer is said to limit it
 _OWN = 0.1  # share of the trainer's time from which a stage of its own is named
+_AMPLE = 1.25  # times what the loop uses: producers that could feed as much are not why it waits
+_MOSTLY_REJECTED = 0.5  # acceptance below which the judge is named
 _MANY = 64  # calls of take before that, which begin with more planning than the others
 
 
@@ -268,9 +270,17 @@ class Recorder:
             return "too early to say"
         stood_still = self._stall - self._first_wait > _SHORT * wall
         if stood_still or self._fresh < (1 - _SHORT) * self._wanted:
+            pace = self.pace(None)
+            if pace is not None and pace.supply > _AMPLE * pace.demand:
+                return (
+                    f"batches in flight limit training: producers could feed {pace.supply:,.0f}/s and it uses "
+                    f"{pace.demand:,.0f}/s, yet it waits; more stream.in_flight evens that out"
+                )
             slowest = max(STAGES, key=lambda name: stages[name].seconds)
             share = stages[slowest].seconds / busy if busy else 0.0
             detail = f": {slowest} takes {share:.0%} of its time" if share else ""
+            if self.acceptance < _MOSTLY_REJECTED:
+                detail += f"; the judge rejects {1 - self.acceptance:.0%} of what is made"
             return f"the producer limits training{detail}"
         own = max(_TRAINERS, key=lambda name: stages[name].busy_share)
         named = self.steps >= _MANY and stages[own].busy_share > _OWN
