@@ -119,6 +119,11 @@ def select(rows: Mapping[Key, Any], first: int, last: int) -> dict[Key, Any]:
     return {key: value[first:last] for key, value in rows.items()}
 
 
+def copied(rows: Mapping[Key, Any]) -> dict[Key, Any]:
+    """Rows that stay what they are when their loader fills the same memory again."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value) for key, value in rows.items()}
+
+
 def concatenate(a: Mapping[Key, Any], b: Mapping[Key, Any]) -> dict[Key, Any]:
     return {key: _concatenate(a[key], b[key]) for key in a}
 

@@ -41,7 +41,8 @@ class Deferred:
             count, planned = deferred_split(share, self.size, left, ratio())
             front, self.waiting = self.waiting, None
             if count < held:
-                front, self.waiting = self._parted(front, count, held)
+                front, rest = self._parted(front, count, held)
+                self.waiting = batches.rebuild(rest, batches.copied(self._layout_of(rest).rows(rest)), None)
             yield front, count, planned
 
     def shared_out(self, waiting: Sequence[Any], rank: int, world_size: int) -> tuple[Any, int]:

@@ -191,6 +191,26 @@ def test_defer_delivers_every_real_image_once_an_epoch_in_order_and_knows_its_le
         assert stats.displaced == 0
 
 
+def test_images_held_back_survive_a_loader_that_fills_the_same_memory_again():
+    class Refilled:
+        images, labels = torch.rand(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64)
+
+        def __iter__(self):
+            for numbers in torch.arange(32).split(8):
+                self.images[:, 0, 0, 0] = numbers / 32
+                self.labels.copy_(numbers % 3)
+                yield self.images, self.labels
+
+    delivered = []
+    loader = StreamLoader(Refilled(), FakeStream(), 0.5, displaced="defer", with_ids=True)
+    for images, labels, ids in loader:
+        real = ids < 0
+        numbers = (images[real][:, 0, 0, 0] * 32).round().long()
+        assert torch.equal(labels[real], numbers % 3)
+        delivered += numbers.tolist()
+    assert delivered == list(range(32))
+
+
 def test_defer_follows_a_schedule_and_refuses_what_cannot_be_promised():
     loader = StreamLoader(real_loader(), FakeStream(), lambda step: 0.5 if step < 4 else 0.0, displaced="defer")
     assert len(loader) == len(list(loader))
