@@ -22,11 +22,12 @@ def save_state(loader: Any, folder: str | os.PathLike, name: str, **others: int)
 def load_state(loader: Any, folder: str | os.PathLike, name: str) -> dict[str, Any]:
     """What was saved by another number of ranks is shared out, each rank then reading all files.
 
-    Returns what rank 0 saved, with the number of ranks under RANKS_KEY. Raises StateError when the checkpoint has no
+    Returns one rank's file, with the number of ranks under RANKS_KEY. Raises StateError when the checkpoint has no
     state of this loader, or one that cannot be shared out.
     """
     rank, ranks = loader.stream.rank, loader.stream.world_size
-    first = _read(_file(folder, name, 0))
+    first_file = _file(folder, name, 0)  # not in the folder of another machine that keeps its own
+    first = _read(first_file if first_file.exists() else _file(folder, name, rank))
     saved = first[RANKS_KEY]  # there may be files of more ranks, left of an earlier checkpoint
     states = [_read(_file(folder, name, one)) for one in ([rank] if saved == ranks else range(saved))]
     for state in states:

@@ -163,12 +163,14 @@ class DALIEpochs(RealEpochs):
         self.pulled = resume["pulled"]
         if "read" in resume:
             return self._again(resume["read"])
+        over = resume["finished"]
         if "checkpoint" not in resume:
+            over = over or self._read_whole()
             logger.warning(
                 "the DALI iterator begins its shuffling and its random operators anew: the state of a StreamLoader "
                 "does not hold them; a pipeline with enable_checkpointing=True, or sa.DALIStreamLoader, keeps them"
             )
-        return iter(()) if resume["finished"] else iter(self.loader)
+        return iter(()) if over else iter(self.loader)
 
     def _again(self, count: int) -> Iterator[Any]:
         """The rest of the epoch after `count` batches, over the ends of epochs."""

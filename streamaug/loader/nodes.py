@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchdata.nodes import BaseNode
 
-from streamaug.errors import UsageError
+from streamaug.errors import StateError, UsageError
 from streamaug.loader.agreement import Agreement
 from streamaug.loader.exits import pause_if_leaving
 from streamaug.loader.interleave import exact
@@ -52,7 +52,8 @@ class StreamNode(BaseNode[tuple]):
     place in it: plain numbers and lists. A Prefetcher behind the node saves it as it was when it read ahead: feedback
     given since then is not in it. `reset(None)` begins an epoch and never goes back in the stream.
 
-    Raises UsageError for arguments that cannot be used, MismatchError where the images cannot be like `like`.
+    Raises UsageError for arguments that cannot be used, MismatchError where the images cannot be like `like`, and
+    StateError for a state that it did not save.
     """
 
     STREAM_KEY = "stream"
@@ -109,6 +110,11 @@ class StreamNode(BaseNode[tuple]):
             if initial_state is None:
                 self._yielded = 0
                 return
+            if self.BEFORE_KEY not in initial_state:
+                raise StateError(
+                    f"a StreamNode's state has {self.BEFORE_KEY!r}, and this one has {', '.join(initial_state)}: "
+                    "resume it with the streamaug that saved it, or start the graph anew"
+                )
             self._yielded = initial_state[self.YIELDED_KEY]
             self._reading = initial_state[self.READING_KEY]
             self._samples, self._offset = [], 0

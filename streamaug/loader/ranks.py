@@ -16,6 +16,7 @@ from streamaug.errors import StateError, UsageError
 from streamaug.loader.batch import count_rows
 from streamaug.loader.interleave import deferred_length
 from streamaug.loader.order import accelerated, described, images_per_batch, in_group, order_of
+from streamaug.loader.state import check_version
 from streamaug.stream.redeal import redeal
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("streamaug")
 
 RANKS_KEY = "ranks"
+_OF_ONE_RANK = ("loader", "tensors", "checkpoint", "read", "seed")  # in a real loader's state
 State = Mapping[str, Any]
 
 
@@ -69,17 +71,17 @@ def gather_state(state: State) -> State:
 def own_state(state: State, loader: "StreamLoader") -> State:
     """This rank's part of what `gather_state` gave, dealt out anew where the number of ranks is another one now.
 
-    Any other state as it is, unless one rank alone saved it and there are more now. Raises StateError where the real
-    images that are left of the epoch cannot be told.
+    Any other state as it is, unless one rank alone saved it and there are more now. Raises StateError for what is no
+    state of this version, and where the images that are left of the epoch cannot be told.
     """
     rank, world_size = loader.stream.rank, loader.stream.world_size
-    if RANKS_KEY in state:
-        states = state[RANKS_KEY]
-    else:
-        saved_alone = world_size > 1 and (state.get("stream") or {}).get("world_size") == 1
-        if not saved_alone:
-            return state
-        states = [state]
+    gathered = isinstance(state, Mapping) and isinstance(state.get(RANKS_KEY), list) and bool(state[RANKS_KEY])
+    states = state[RANKS_KEY] if gathered else [state]
+    for one in states:
+        check_version(one)
+    saved_alone = world_size > 1 and (states[0]["stream"] or {}).get("world_size") == 1
+    if not gathered and not saved_alone:
+        return state
     return states[rank] if len(states) == world_size else _redealt(states, loader)
 
 
@@ -100,6 +102,17 @@ def _redealt(states: list[Any], loader: "StreamLoader") -> State:
             f"the state was saved by {saved} ranks and is loaded by {ranks}: that needs a batch delivered by every "
             f"rank; start {saved} ranks"
         )
+    if "held" in (first["stream"] or {}):
+        raise StateError(
+            f"the state was saved by {saved} ranks and is loaded by {ranks}: what the pipelines of a DALIStreamLoader "
+            f"hold cannot be shared out anew; start {saved} ranks"
+        )
+    places = [(one["rank"], one["world_size"]) for one in streams if one and "rank" in one]
+    if places and places != [(one, saved) for one in range(saved)]:
+        raise StateError(
+            "one state of each rank is needed, in their order; got those of ranks "
+            + ", ".join(f"{one} of {count}" for one, count in places)
+        )
     share: dict[str, Any] = {
         **first,
         "counts": {name: value * saved // ranks for name, value in first["counts"].items()},
@@ -114,9 +127,10 @@ def _position(states: list[Any], loader: "StreamLoader") -> dict[str, Any]:
     first, saved, rank, ranks = states[0], len(states), loader.stream.rank, loader.stream.world_size
     pulled = _batches_read(first, saved, loader)
     own = states[rank]["real"] if rank < saved else {}
-    real = {name: value for name, value in first["real"].items() if name not in ("loader", "tensors")}
+    rows = images_per_batch(loader.real_loader)
+    real = {name: value for name, value in first["real"].items() if name not in _OF_ONE_RANK}
     place = {
-        "real": {**real, "pulled": pulled, "tensors": own.get("tensors", {})},
+        "real": {**real, "pulled": pulled, "rows": rows, "tensors": own.get("tensors", {})},
         "identity": {**first["identity"], "batch_size": loader._identity()["batch_size"]},  # counted in images
         "batch": pulled,
     }
@@ -124,7 +138,7 @@ def _position(states: list[Any], loader: "StreamLoader") -> dict[str, Any]:
         waiting, left_over = loader._deferred.shared_out([one["waiting"] for one in states], rank, ranks)
         if left_over and rank == 0:
             logger.warning("%d real images that were held back are passed over in this epoch", left_over)
-        place |= {"size": images_per_batch(loader.real_loader) or first["size"], "waiting": waiting}
+        place |= {"size": rows or first["size"], "waiting": waiting}
         place["batch"] = _batches_delivered({**first, **place}, loader)
     return place | {"step": first["epoch_step"] + place["batch"]}
 
@@ -135,11 +149,11 @@ def _batches_read(state: State, saved: int, loader: "StreamLoader") -> int:
     rows = images_per_batch(source) if real.get("rows") else None
     size, former = (rows, real["rows"]) if rows else (1, 1)
     read, step = real["pulled"] * saved * former, size * ranks  # by all ranks: in the epoch; in one step of now
-    pulled = -(-read // step)
+    length, pulled = _length(loader), -(-read // step)
     if real["finished"] or not pulled:
-        return pulled
+        return length if pulled and length is not None else pulled
     then, now = real.get("order"), order_of(source)
-    if pulled < _length(loader) and (now is None or then != now):
+    if (length is None or pulled < length) and (now is None or then != now):
         raise StateError(
             f"the state was saved by {saved} ranks inside an epoch and is loaded by {ranks}: which real images are "
             f"left follows only from an order that is the same for both. It was {then or 'another for each number'} "
@@ -151,7 +165,7 @@ def _batches_read(state: State, saved: int, loader: "StreamLoader") -> int:
     passed = min(pulled * step, images) - min(read, images)
     if passed and loader.stream.rank == 0:
         logger.warning("%d real %s are passed over in this epoch", passed, "images" if rows else "batches")
-    return pulled
+    return pulled if length is None else min(pulled, length)
 
 
 def _batches_delivered(share: State, loader: "StreamLoader") -> int:
@@ -165,8 +179,8 @@ def _batches_delivered(share: State, loader: "StreamLoader") -> int:
     return max(whole - deferred_length(left, size, now, at, share["step"]), 0) if share["batch"] else 0
 
 
-def _length(loader: "StreamLoader") -> float:
+def _length(loader: "StreamLoader") -> int | None:
     try:
-        return loader._real.length() if loader._real is not None else math.inf
+        return loader._real.length() if loader._real is not None else None
     except TypeError:
-        return math.inf
+        return None

@@ -12,7 +12,7 @@ from streamaug.loader.ratios import Ratio, as_config, from_config
 
 logger = logging.getLogger("streamaug")
 
-VERSION = 2
+VERSION = 3
 
 
 def identity(
@@ -29,10 +29,19 @@ def identity(
     return own
 
 
+def check_version(state: Any) -> None:
+    """Raise StateError for what is no state, or was saved by another version of streamaug."""
+    if not isinstance(state, Mapping):
+        raise StateError(f"a StreamLoader's state_dict is needed, got a {type(state).__name__}")
+    if state.get("version") != VERSION:
+        raise StateError(
+            f"a StreamLoader state of version {VERSION} is needed, got version {state.get('version')!r}: resume it "
+            "with the streamaug that saved it, or load the model alone and start anew"
+        )
+
+
 def check(state: Mapping[str, Any], here: dict[str, Any]) -> None:
     """Raise StateError for a state of a loader with another identity: both hashes, and each thing that differs."""
-    if state.get("version") != VERSION:
-        raise StateError(f"a StreamLoader state of version {VERSION} is needed, got version {state.get('version')!r}")
     saved = state["identity"]
     different = [name for name in here if saved.get(name) != here[name]]
     if different:

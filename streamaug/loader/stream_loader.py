@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from streamaug.config import LoaderConfig
-from streamaug.errors import StateError, UsageError
+from streamaug.errors import UsageError
 from streamaug.loader import arguments, state
 from streamaug.loader import batch as batches
 from streamaug.loader.batch import Key
@@ -477,8 +477,6 @@ class StreamLoader:
         A ratio that was set while training goes on. Raises StateError for a state of another kind of loader.
         """
         self._check_open()
-        if not isinstance(saved, Mapping):
-            raise StateError(f"a StreamLoader's state_dict is needed, got a {type(saved).__name__}")
         saved = own_state(saved, self)
         state.check(saved, self._identity())
         self._epoch, self._batch, self._step = saved["epoch"], saved["batch"], saved["step"]

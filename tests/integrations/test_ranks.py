@@ -94,10 +94,40 @@ def test_the_position_is_counted_in_images_so_that_the_batch_size_may_change_wit
     assert sorted(real) == list(range(EPOCH))
 
 
+def test_a_state_that_was_dealt_out_and_saved_again_before_a_batch_counts_in_the_new_batch_size():
+    first = ranks_of(2, batch_size=3)
+    _, real = delivered(first, 4)
+    second = ranks_of(1, batch_size=8)
+    second[0].load_state_dict(closed(first))
+    third = ranks_of(3, batch_size=2)
+    state = closed(second)
+    for loader in third:
+        loader.load_state_dict(state)
+    real += delivered(third)[1]
+    closed(third)
+    assert sorted(real) == list(range(EPOCH))
+
+
 def test_a_number_of_images_that_the_new_ranks_cannot_share_is_passed_over_and_said(caplog):
     ids, real, _ = of_one_epoch(1, 2, 3)
     assert len(real) == len(set(real)) == EPOCH - 4 and len(ids) == len(set(ids))
     assert "4 real images are passed over in this epoch" in caplog.text
+
+
+@pytest.mark.parametrize(("before", "after", "batch_size"), [(5, 1, 4), (1, 5, 7), (3, 2, 7)])
+def test_with_the_last_batch_of_an_epoch_every_number_of_ranks_is_at_its_end(before, after, batch_size):
+    first = ranks_of(before, batch_size=batch_size, ratio=0)
+    for loader in first:
+        batches = iter(loader)
+        for _ in range(len(loader)):
+            next(batches)
+    states = closed(first)
+    second = ranks_of(after, batch_size=batch_size, ratio=0)
+    for loader in second:
+        loader.load_state_dict(states)
+        assert loader.state_dict()["batch"] == len(loader) and loader.epoch_is_over
+        assert list(loader) == []
+    closed(second)
 
 
 def test_a_state_that_one_rank_saved_by_itself_is_dealt_out_to_two():
@@ -167,6 +197,17 @@ def test_synthetic_epochs_keep_their_steps_for_any_number_of_ranks():
     assert len({*ids, *rest[0], *rest[1]}) == len(ids) + 24
 
 
+@pytest.mark.parametrize("order", [(1, 0), (0, 0, 1, 1), (0, 0)])
+def test_states_that_are_not_those_of_all_ranks_in_their_order_are_not_shared_out(order):
+    first = ranks_of(2)
+    delivered(first, 2)
+    states = closed(first)["ranks"]
+    second = ranks_of(1)
+    with pytest.raises(StateError, match=r"one state of each rank.* needed, in their order; got those of ranks "):
+        second[0].load_state_dict({"ranks": [states[rank] for rank in order]})
+    closed(second)
+
+
 def test_another_seed_of_the_sampler_is_refused():
     first = ranks_of(2)
     delivered(first, 2)
@@ -211,6 +252,17 @@ def test_files_that_more_ranks_left_in_a_checkpoint_are_not_read(tmp_path):
         assert files.load_state(loader, tmp_path, "loader")["ranks"] == 1
         assert loader.state_dict()["batch"] == 2
     closed(second)
+
+
+def test_machines_that_keep_their_own_files_resume_as_many_ranks(tmp_path):
+    loaders = ranks_of(2)
+    delivered(loaders, 1)
+    files.save_state(loaders[1], tmp_path, "loader", step=3)
+    closed(loaders)
+    loaders = ranks_of(2)
+    assert files.load_state(loaders[1], tmp_path, "loader")["step"] == 3
+    assert loaders[1].state_dict()["batch"] == 1
+    closed(loaders)
 
 
 def test_as_many_ranks_with_another_order_are_told_what_that_does_to_the_epoch(caplog):

@@ -403,6 +403,13 @@ def test_a_state_saved_before_the_first_synthetic_image_takes_the_loader_that_we
     assert [plain(batch) for batch in mixed] == expected and mixed.stats().synthetic
 
 
+def test_another_number_of_ranks_is_refused(folder):
+    first = loader(folder)
+    next(iter(first))
+    with pytest.raises(StateError, match=r"saved by 2 ranks and is loaded by 1: .*DALIStreamLoader.*start 2 ranks"):
+        loader(folder).load_state_dict({"ranks": [first.state_dict()] * 2})
+
+
 def test_an_epoch_left_by_break_is_followed_by_a_whole_one(folder, caplog):
     mixed = loader(folder, ratio=0.25)
     next(iter(mixed))

@@ -221,6 +221,41 @@ def test_ranks_that_all_read_the_whole_folder_are_warned_of(folder, caplog, monk
         assert caplog.text.count("num_shards=world_size and shard_id=rank") == warnings
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_at_the_end_of_an_epoch_another_number_of_ranks_goes_on_with_all_images(folder, before, after, checkpoints):
+    def ranks_of(count):
+        for rank in range(count):
+            pipeline = reading(folder, shards=count, shard=rank, exec_dynamic=False, enable_checkpointing=checkpoints)
+            synthetic = stream(rank=rank)
+            synthetic.world_size = count
+            yield StreamLoader(iterator(folder, pipeline=pipeline), synthetic, 0)
+
+    with_last_batch, after_it = [], []
+    for loader in ranks_of(before):
+        batches = iter(loader)
+        for _ in range(len(loader)):
+            next(batches)
+        with_last_batch.append(copy.deepcopy(loader.state_dict()))
+        assert list(batches) == []
+        after_it.append(loader.state_dict())
+    for states in (with_last_batch, after_it):
+        seen = []
+        for loader in ranks_of(after):
+            loader.load_state_dict({"ranks": states})
+            for [batch] in [*loader] or [*loader]:
+                seen += batch["data"][:, 0, 4, 4].int().tolist()
+        assert sorted(seen) == list(range(COUNT))
+
+
+def test_inside_an_epoch_another_number_of_ranks_is_refused(folder):
+    first = wrapped(folder)
+    next(iter(first))
+    state = first.state_dict() | {"stream": None}
+    with pytest.raises(StateError, match=r"saved by 2 ranks inside an epoch and is loaded by 1.*start 2 ranks"):
+        wrapped(folder).load_state_dict({"ranks": [state] * 2})
+
+
 def test_images_of_another_size_are_refused_in_dalis_layout_too(folder):
     pipeline = reading(folder, "HWC", exec_dynamic=False)
     with pytest.raises(MismatchError, match=r"float32 \[8, 8, 3\](.|\n)*float32 \[3, 16, 16\]"):

@@ -24,7 +24,7 @@ from torchdata.nodes import (
     Prefetcher,
 )
 
-from streamaug.errors import MismatchError, StreamaugError, UsageError
+from streamaug.errors import MismatchError, StateError, StreamaugError, UsageError
 from streamaug.loader import Mix, StreamNode, exits
 from streamaug.loader.interleave import Share, exact
 
@@ -393,6 +393,12 @@ class Steered(FakeStream):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.first = state["first"]
+
+
+def test_a_state_that_another_version_of_the_node_saved_is_refused():
+    node = synthetic_node()
+    with pytest.raises(StateError, match=r"a StreamNode's state has 'before', and this one has stream, offset: resume"):
+        node.reset({"stream": {}, "offset": 3})
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])

@@ -176,6 +176,15 @@ def test_all_that_differs_is_named_at_once_and_a_state_of_no_loader_is_refused()
         Run().loader.load_state_dict({})
 
 
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"ranks": [state]}, lambda s: {"ranks": [s, s]}])
+def test_a_state_that_another_version_saved_is_refused_with_what_works(wrap):
+    state = {"version": 2, "batch": 3}
+    with pytest.raises(StateError, match=r"version 3 is needed, got version 2: .*the streamaug that saved it"):
+        Run().loader.load_state_dict(wrap(state))
+    with pytest.raises(StateError, match=r"version 3 is needed, got version None"):
+        Run().loader.load_state_dict({"ranks": []})
+
+
 def test_passing_over_batches_of_an_epoch_that_was_resumed_passes_over_none():
     expected = list(Run(generator=True).batches(1))
     run = Run(generator=True)
