@@ -160,8 +160,15 @@ class Maker:
     def _arrived(self, emission: Emission, end: End) -> int:
         """Polled: waiting on the device would keep its host from everything else."""
         while not emission.done():
-            self._beat(end)
+            try:
+                self._beat(end)
+            except Abandoned:
+                if not end.deserted:
+                    raise
+                # Its memory is given back next, to which the device still writes.
             time.sleep(_POLL_SECONDS)
+        if end.deserted:
+            raise Abandoned
         return emission.complete()
 
     def _beat(self, end: End) -> None:

@@ -32,6 +32,12 @@ def own_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
+def trainers_here(world_size: int) -> int:
+    """Ranks on this machine, as torchrun says; all of them where nobody says it."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(int(told), world_size) if told.isdecimal() and int(told) else world_size
+
+
 class Meeting:
     """Where the ranks of one machine that share producers agree: the store of torch's default process group.
 

@@ -25,7 +25,7 @@ from streamaug.stream.plan import Plan
 from streamaug.stream.position import Identity, Position
 from streamaug.stream.producers.backends import Work
 from streamaug.stream.producers.fleet import Fleet
-from streamaug.stream.ranks import Meeting, own_rank
+from streamaug.stream.ranks import Meeting, own_rank, trainers_here
 from streamaug.stream.rates.recorder import Recorder
 from streamaug.stream.rates.reporter import Reporter
 from streamaug.stream.rates.stats import StreamStats
@@ -40,9 +40,10 @@ log = logging.getLogger("streamaug")
 class Stream:
     """An endless, reproducible stream of synthetic images, made by producers while the caller trains.
 
-    `take` is called from one thread at a time; what changes or tells the state waits until it has returned. Producers
-    start at the first `take` (or at `start`) and end with `close`, with the stream's garbage collection, or with the
-    process, however it ends.
+    `take` is called from one thread at a time; what changes or tells the state waits until it has returned. A signal
+    handler that interrupts it may ask for the state, which is that before the call, and close the stream, after which
+    the call raises unless it was as good as done. Producers start at the first `take` (or at `start`) and end with
+    `close`, with the stream's garbage collection, or with the process, however it ends.
     """
 
     def __init__(
@@ -123,9 +124,11 @@ class Stream:
         self._recorder = Recorder(self.class_names, config.producers, self._fleet.sharers)
         self._dispatch = Dispatch(self._fleet, self._plan, self._recorder, config)
         self._delivery = Delivery(self._plan, self._dispatch, self._fleet, self._recorder, self._manifest, config)
-        self._reporter = Reporter(self._fleet, self._plan, self._dispatch, self._recorder)
+        self._reporter = Reporter(self._fleet, self._plan, self._dispatch, self._recorder, trainers_here(world_size))
         self._started = False
         self._taking = threading.RLock()
+        self._in_take = threading.Lock()  # held by the thread that has the other one
+        self._closed_in_take = False
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, Fleet.close, self._fleet)
 
@@ -186,17 +189,35 @@ class Stream:
         """
         if not isinstance(n, Integral) or n < 0:
             raise UsageError(f"take(n): n is a number of images from 0, got {n!r}")
-        self.start()
+        self._require_usable()
         with self._taking:
-            self._fleet.check()
-            self._undo_interrupted(nothing_said=True)
-            self._before = self._plan.position()
-            self._delivery.plan_ahead()
-            waited = self._reporter.before_first(self.asked_ratio) if n else 0.0
-            batch = self._delivery.take(n, waited)
-            self._reporter.after(self.asked_ratio)
-            self._before = None
-            return batch
+            self._require_no_take()
+            try:
+                with self._in_take:
+                    return self._take(n)
+            finally:
+                if self._closed_in_take:
+                    self.close()
+
+    def _take(self, n: int) -> SynthBatch:
+        self.start()
+        self._fleet.check()
+        self._undo_interrupted(nothing_said=True)
+        self._before = self._plan.position()
+        self._delivery.plan_ahead()
+        waited = self._reporter.before_first(self.asked_ratio) if n else 0.0
+        batch = self._delivery.take(n, waited)
+        self._reporter.after(self.asked_ratio)
+        self._before = None
+        return batch
+
+    def _require_no_take(self) -> None:
+        """Another thread's has ended by the time `_taking` is had."""
+        if self._in_take.locked():
+            raise UsageError(
+                "a signal handler that interrupts take may call state_dict and close; the rest is for when take has "
+                "returned: let the handler set a flag that the loop looks at"
+            )
 
     def _undo_interrupted(self, *, nothing_said: bool = False) -> None:
         """What an interrupted call of take had copied was not delivered: go back to where it began.
@@ -231,6 +252,7 @@ class Stream:
         """
         self._require_usable()
         with self._taking:
+            self._require_no_take()
             self._undo_interrupted()
             self._plan.feedback(labels, losses, ids)
 
@@ -241,6 +263,7 @@ class Stream:
         """
         self._require_usable()
         with self._taking:
+            self._require_no_take()
             self._undo_interrupted()
             return self._plan.publish_judge(state)
 
@@ -262,6 +285,7 @@ class Stream:
         classes = arrays.weights("class_weights", class_weights, self.planner.num_classes)
         rows = arrays.weights("row_weights", row_weights, len(self.planner.row_labels))
         with self._taking:
+            self._require_no_take()
             self._undo_interrupted()
             if judge_state is not None:
                 self.publish_judge(judge_state)
@@ -286,6 +310,7 @@ class Stream:
         self._require_usable()
         position = Position.from_state(state, self._identity)
         with self._taking:
+            self._require_no_take()
             self._go_to(position)
             self._before = None
 
@@ -362,10 +387,13 @@ class Stream:
             return
         self._fleet.stop()
         with self._taking:
+            self._closed_in_take = self._in_take.locked()  # by a signal handler: take still looks into the memory
+            if self._closed_in_take:
+                return
             self._fleet.release()
             if self._manifest is not None:
                 self._manifest.close(self._position())
-        self._finalizer.detach()
+            self._finalizer.detach()
 
     def __reduce__(self) -> NoReturn:
         raise StreamaugError(

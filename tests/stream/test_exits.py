@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from streamaug.errors import StreamaugError
+from streamaug.errors import StreamaugError, UsageError
 
 from . import fakes
 from .fakes import listed, make_stream, running, undisturbed, until
@@ -249,6 +251,59 @@ def test_closing_is_quick_also_in_the_middle_of_a_long_batch():
     began = time.monotonic()
     stream.close()
     assert time.monotonic() - began < 2
+
+
+def in_handler(stream, action: Callable[[], object], *, then: type[BaseException] | None = None) -> list[object]:
+    """Take images until a call raises, in the middle of one of which a signal's handler acts and raises `then`."""
+    seen: list[object] = []
+
+    def handler(signum: int, frame: object) -> None:
+        try:
+            seen.append(action())
+        except StreamaugError as error:
+            seen.append(error)
+        if then is not None:
+            raise then
+
+    old = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        while not seen:
+            stream.take(48)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    return seen
+
+
+@pytest.mark.parametrize("then", [None, KeyboardInterrupt])
+def test_a_signal_handler_may_close_the_stream_in_the_middle_of_take(tmp_path, then):
+    before = footprint()
+    stream = make_stream(engine_options={"seconds": 0.02}, manifest=tmp_path / "run.manifest")
+    stream.take(8)
+
+    def train() -> None:
+        in_handler(stream, stream.close, then=then)
+        stream.take(48)  # where the call was as good as done, it returned
+
+    with pytest.raises(then or StreamaugError, match=None if then else "the stream was closed"):
+        train()
+    assert stream.state_dict()["next_k"] > 0
+    with pytest.raises(StreamaugError, match="the stream was closed"):
+        stream.take(1)
+    assert footprint() == before
+
+
+def test_a_signal_handler_gets_the_state_before_take_and_may_change_nothing():
+    with make_stream(engine_options={"seconds": 0.02}) as stream:
+        stream.take(8)
+        (told,) = in_handler(stream, stream.state_dict)
+        for action in (partial(stream.take, 1), partial(stream.feedback, [0], [1.0]), partial(stream.replan)):
+            (error,) = in_handler(stream, action)
+            assert isinstance(error, UsageError) and "set a flag that the loop looks at" in str(error)
+        delivered = 8 * told["undelivered"][0][0] + told["offsets"][0]
+        assert (delivered - 8) % 48 == 0, "before the call"
+        stream.load_state_dict(told)
+        assert listed(stream, [40]) == undisturbed([delivered + 40])[delivered:]
 
 
 # No pixels on disk.

@@ -8,6 +8,7 @@ import pytest
 
 from streamaug.config import Config, LoaderConfig, StreamConfig
 from streamaug.stream.plan import Plan
+from streamaug.stream.ranks import trainers_here
 from streamaug.stream.rates.advice import Generator, announcement, remedies, verdict
 from streamaug.stream.rates.pace import Demand, Pace
 from streamaug.stream.rates.recorder import Recorder
@@ -189,12 +190,28 @@ def test_the_ratio_is_the_configurations_until_a_loader_says_its_own():
 
 
 def generator_of(
-    *, cores: int = 8, sampling: float = 0.96, acceptance: float = 0.9, compiled: bool = True, **changes: object
+    *,
+    cores: int = 8,
+    trainers: int = 1,
+    sharers: int = 1,
+    sampling: float = 0.96,
+    acceptance: float = 0.9,
+    compiled: bool = True,
+    **changes: object,
 ) -> Generator:
     values: dict = {"prior": {}, "recipes": [{"kind": "noise", "depth": [0.2, 0.6]}]} | changes
     config = Config.model_validate(values)
     options = {"config": config.model_dump(mode="json"), "execution": {"compile": compiled}}
-    return Generator.of(options, config.stream, sampling=sampling, acceptance=acceptance, on_cpu=True, cores=cores)
+    return Generator.of(
+        options,
+        config.stream,
+        sampling=sampling,
+        acceptance=acceptance,
+        on_cpu=True,
+        cores=cores,
+        trainers=trainers,
+        sharers=sharers,
+    )
 
 
 def line_of(generator: Generator, setting: str, pace: Pace = SLOW) -> str | None:
@@ -245,6 +262,30 @@ def test_idle_cores_compiling_and_reuse_are_named_where_they_are_to_be_had():
     assert line_of(generator_of(stream={"starved": "reuse"}), "stream.max_reuse") is None, "4 is enough"
     more = line_of(generator_of(stream={"starved": "reuse", "max_reuse": 1}), "stream.max_reuse")
     assert more == "stream.max_reuse: 2 (1 now) serves an image 2.7 times on average and waits no more"
+
+
+def test_cores_that_other_ranks_use_are_not_idle():
+    assert line_of(generator_of(trainers=2), "stream.producers") == (
+        "stream.producers: 3 (1 now) gives up to 720 images/s: 4 cores are idle"
+    )
+    assert line_of(generator_of(trainers=3), "stream.producers") is None, "2 of 8 are idle, the ranks would need 3"
+    assert line_of(generator_of(trainers=4), "stream.producers") is None
+    assert line_of(generator_of(cores=4, trainers=2, sharers=2), "stream.producers").endswith("a core is idle")
+
+
+def test_producers_of_each_ranks_own_are_named_where_cores_are_idle_for_them():
+    assert line_of(generator_of(cores=16, trainers=4, sharers=4), "stream.shared") == (
+        "stream.shared: false (true now) gives each rank producers of its own, and with them up to 960 images/s: "
+        "11 cores are idle"
+    )
+    assert line_of(generator_of(cores=7, trainers=4, sharers=4), "stream.shared") is None
+    assert line_of(generator_of(trainers=2), "stream.shared") is None
+
+
+@pytest.mark.parametrize(("told", "here"), [("2", 2), ("", 8), ("many", 8), ("0", 8), ("16", 8)])
+def test_the_ranks_of_this_machine_are_as_many_as_torchrun_says(monkeypatch, told, here):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    assert trainers_here(8) == here
 
 
 def test_a_judge_that_rejects_much_is_named():

@@ -1,9 +1,12 @@
 """Ranks of one machine that share their producers: real processes, real signals, a real process group."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,14 +22,17 @@ from streamaug.errors import ConfigError, StreamaugError, UsageError
 from streamaug.stream import ranks as ranks_module
 from streamaug.stream import stream
 from streamaug.stream.footprint import Footprint, children, footprint, running
-from streamaug.stream.producers import sockets
+from streamaug.stream.producer import End, Maker
+from streamaug.stream.producers import sharing, sockets
 from streamaug.stream.producers.fleet import Fleet
 from streamaug.stream.producers.placement import Sides, choose
 from streamaug.stream.ranks import Meeting
-from streamaug.stream.ring import cuda
+from streamaug.stream.ring import Layout, Ring, cuda
+from streamaug.stream.ring.emission import Emission
+from streamaug.stream.ring.memory import Memory
 
 from .double import DoubleCuda, calls, lay_out
-from .fakes import images_of, make_stream, undisturbed, until
+from .fakes import IMAGE_SHAPE, images_of, make_planner, make_stream, undisturbed, until
 
 LIVE = np.zeros(16, np.uint8)
 fork = multiprocessing.get_context("fork")  # what they import is here already
@@ -287,6 +293,19 @@ def test_a_killed_host_is_replaced_for_both_and_images_are_the_same(ranks):
     until(lambda: both[0].host == both[1].host)
 
 
+def test_a_rank_with_nothing_to_be_made_outlives_any_number_of_hosts(ranks):
+    both = ranks(max_restarts=1)
+    both.take(8)
+    keeper, other = both.keeper_and_other
+    for made in (1, 2, 3):
+        until(lambda: other.do("stats").ring_fill >= 0.75)
+        keeper.take(40)
+        os.kill(keeper.host, signal.SIGKILL)
+        until(lambda made=made: [rank.do("stats").restarts for rank in both] == [made, made])
+        until(lambda: other.do("pids") == keeper.do("pids"))
+    assert other.take(40) == alone([48])[both.index(other)][8:]
+
+
 @pytest.mark.parametrize("point", ["before_ready:0", "mid_write:2", "before_publish:1"])
 def test_a_host_killed_at_this_point_makes_the_same_images(ranks, point, monkeypatch):
     monkeypatch.setenv("STREAMAUG_FAULT", point)
@@ -454,6 +473,32 @@ def test_memory_of_a_gpu_is_not_shared_with_producers_that_do_not_see_every_rank
         choose("cuda", sides, DoubleCuda())
 
 
+def test_memory_of_a_rank_that_left_is_not_given_back_before_the_device_has_written_to_it():
+    class Written(Emission):
+        def __init__(self) -> None:
+            self.looks = 0
+
+        def done(self) -> bool:
+            self.looks += 1
+            end.deserted = self.looks > 2
+            return self.looks > 5
+
+    class Engine:
+        image_shape, stage_seconds = IMAGE_SHAPE, {}
+
+        def make(self, order, slot) -> Written:
+            return made
+
+    made, layout = Written(), Layout(8, IMAGE_SHAPE, 1)
+    ring = Ring(Memory.create("private", layout.nbytes), layout)
+    ring.issue(make_planner(8).batch(0, make_planner(8).uniform()))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        end = End(ring, None, theirs)
+        Maker(Engine()).make(end)
+    assert made.looks == 6 and ring.slot(0).abandoned
+
+
 # What is refused.
 
 
@@ -491,6 +536,60 @@ def test_the_nth_streams_of_a_plan_meet_on_one_machine(monkeypatch):
     assert [meeting.agree(f"1: {at}") for at, meeting in enumerate(there)] == ["0: 0", "0: 1", "0: 2"]
     monkeypatch.setattr(ranks_module, "_machine", lambda: "another")
     assert [meeting.agree("2") for meeting in meetings(2)] == ["2", "2", "2"]
+
+
+@pytest.fixture
+def in_a_group(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda store=dist.HashStore(): store)
+
+
+def test_two_shared_streams_meet_by_their_plans_in_whatever_order_ranks_make_and_start_them(in_a_group):
+    before = footprint()
+    with contextlib.ExitStack() as ends:
+
+        def make(seed: int, rank: int) -> Any:
+            options = {"seed": seed, "producers": 2, "shared": True}
+            return ends.enter_context(make_stream(rank=rank, world_size=2, **options))
+
+        ranks_module._opened.clear()
+        streams = {(seed, 0): make(seed, 0) for seed in (1, 2)}
+        ranks_module._opened.clear()  # as in another process
+        streams |= {(seed, 1): make(seed, 1) for seed in (2, 1)}
+        for at in [(2, 1), (1, 0), (1, 1), (2, 0)]:
+            streams[at].start()
+        for seed, rank in [(1, 1), (2, 1), (2, 0), (1, 0)]:
+            assert images_of(streams[seed, rank].take(40)) == undisturbed([40], seed=seed, rank=rank, world_size=2)
+        hosts = {at: tuple(stream.producer_pids) for at, stream in streams.items()}
+        assert hosts[1, 0] == hosts[1, 1] and hosts[2, 0] == hosts[2, 1]
+        assert len({pid for pids in hosts.values() for pid in pids}) == 4
+    until(lambda: footprint() == before)
+
+
+@pytest.mark.parametrize("spare", [2, 6, 9, 12, 14, 17, 20])
+def test_with_so_many_descriptors_left_it_works_or_says_what_is_missing_and_leaks_none(in_a_group, spare):
+    before = footprint()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with make_stream(shared=True, rank=0, world_size=2) as stream:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1 + spare, hard))
+        try:
+            if spare > 17:
+                stream.take(9)
+            else:
+                with pytest.raises(StreamaugError, match=r"Too many open files \(see ulimit -n"):
+                    stream.take(9)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert footprint() == before
+
+
+def test_an_answer_whose_descriptor_finds_no_room_says_what_is_missing(in_a_group, monkeypatch):
+    monkeypatch.setattr(sharing, "receive", lambda connection: ({"pid": 1}, []))
+    with (
+        make_stream(shared=True, rank=0, world_size=2) as stream,
+        pytest.raises(StreamaugError, match=r"Too many open files \(see ulimit -n"),
+    ):
+        stream.take(9)
 
 
 def test_a_store_that_does_not_answer_is_an_error_of_ours(monkeypatch):

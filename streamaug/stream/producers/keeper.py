@@ -164,9 +164,9 @@ class Keeper:
     def _look(self, watch: Watch, now: float, elapsed: float) -> None:
         if self.failure is not None:
             return
-        watch.producer.look()
         ring = watch.lane.ring
         try:
+            watch.producer.look()
             alive = watch.producer.alive()
         except OSError as error:
             self.failed(_cannot_be_started(error))
@@ -215,7 +215,8 @@ class Keeper:
         if ring.state == FAILED:
             self.failed(remote_error(ring))
             return
-        if ring.published > watch.published_at_start:
+        was_idle = ring.state == READY and ring.issued <= ring.published  # it may have died of another rank's batch
+        if ring.published > watch.published_at_start or was_idle:
             watch.deaths = 0
         watch.deaths += 1
         words = watch.producer.last_words()

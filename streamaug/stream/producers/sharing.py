@@ -6,6 +6,7 @@ open in that rank's process too, so that those who lost it find its successor in
 """
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -209,8 +210,10 @@ class SharedProducer:
                 said, fds = receive(self._connection)
                 if said is None:
                     self._hang_up()
-                else:
+                elif fds:
                     self._serving = said["pid"], fds[0]
+                else:
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def kill(self) -> None:
         if self._host is not None:

@@ -19,12 +19,14 @@ class Generator:
     """What producers run, as far as it decides how fast they are. model, recipes: None and empty where unknown."""
 
     stream: StreamConfig
-    idle_cores: int  # that neither trainer nor producers use; 0 where producers do not run on a CPU
+    idle_cores: int  # that no rank's trainer or producers use; 0 where producers do not run on a CPU
     sampling: float  # share of the producers' time that goes into evaluations of the network
     acceptance: float  # share of the images that pass the judge
     model: ModelConfig | None = None
     recipes: Sequence[Recipe] = ()
     compiled: bool = False
+    sharers: int = 1  # ranks that the producers make images for
+    fleets: int = 1  # sets of producers on this machine
 
     @classmethod
     def of(
@@ -36,15 +38,19 @@ class Generator:
         acceptance: float,
         on_cpu: bool,
         cores: int,
+        trainers: int = 1,
+        sharers: int = 1,
     ) -> "Generator":
-        """options: of the engine; those of `streamaug.engine.build` say what it runs."""
-        idle = max(cores - 1 - stream.producers * stream.threads, 0) if on_cpu else 0
+        """options: of the engine; those of `streamaug.engine.build` say what it runs. trainers: on this machine, this
+        one included; sharers: those among which the producers' images are shared."""
+        fleets = max(trainers // sharers, 1)
+        idle = max(cores - trainers - fleets * stream.producers * stream.threads, 0) if on_cpu else 0
         if "config" not in options or "execution" not in options:
-            return cls(stream, idle, sampling, acceptance)
+            return cls(stream, idle, sampling, acceptance, sharers=sharers, fleets=fleets)
         config = Config.model_validate(options["config"])
         recipes = [recipe for recipe in config.recipes if recipe.weight > 0]
         compiled = bool(options["execution"].get("compile"))
-        return cls(stream, idle, sampling, acceptance, config.model, recipes, compiled)
+        return cls(stream, idle, sampling, acceptance, config.model, recipes, compiled, sharers, fleets)
 
 
 def announcement(ready_seconds: float, supply: float, ratio: float | None, *, warm: bool) -> str:
@@ -176,15 +182,17 @@ def _evaluations(recipe: Recipe, low: float, high: float) -> float:
 
 
 def _of_machine(pace: Pace, generator: Generator) -> list[str]:
-    stream = generator.stream
-    more = generator.idle_cores // stream.threads
-    if not more:
-        return []
+    stream, idle = generator.stream, generator.idle_cores
+    found = []
+    why = f"{idle} cores are idle" if idle > 1 else "a core is idle"
+    more = idle // (stream.threads * generator.fleets)
     producers = min(stream.producers + more, math.ceil(stream.producers / max(pace.fed, 1e-9)))
-    if producers == stream.producers:
-        return []
-    rate = pace.supply * producers / stream.producers
-    return [
-        f"stream.producers: {producers} ({stream.producers} now) gives up to {rate:,.0f} images/s: "
-        f"{generator.idle_cores} cores are idle"
-    ]
+    if producers > stream.producers:
+        rate = pace.supply * producers / stream.producers
+        found.append(f"stream.producers: {producers} ({stream.producers} now) gives up to {rate:,.0f} images/s: {why}")
+    if idle >= (generator.sharers - 1) * stream.producers * stream.threads > 0:
+        found.append(
+            "stream.shared: false (true now) gives each rank producers of its own, and with them up to "
+            f"{pace.supply * generator.sharers:,.0f} images/s: {why}"
+        )
+    return found

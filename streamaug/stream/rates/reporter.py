@@ -26,8 +26,10 @@ _SECOND_BATCH_SECONDS = 0.05  # and this much on top
 class Reporter:
     """Of one stream; logs as "streamaug". ratio: the synthetic share that the loop asks for, None where unknown."""
 
-    def __init__(self, fleet: Fleet, plan: Plan, dispatch: Dispatch, recorder: Recorder):
+    def __init__(self, fleet: Fleet, plan: Plan, dispatch: Dispatch, recorder: Recorder, trainers: int = 1):
+        """trainers: on this machine, this one included."""
         self._fleet = fleet
+        self._trainers = trainers
         self._plan = plan
         self._dispatch = dispatch
         self._recorder = recorder
@@ -97,6 +99,8 @@ class Reporter:
             acceptance=self._recorder.acceptance,
             on_cpu=not _has_gpu() or work.environment.get("CUDA_VISIBLE_DEVICES") == "",
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            trainers=self._trainers,
+            sharers=self._fleet.sharers(),
         )
         log.warning("%s", verdict(pace, generator))
 
