@@ -163,12 +163,14 @@ def test_a_hundred_openings_leave_nothing(figures):
         until(lambda pids=pids: not any(running(pid) for pid in pids), 2)
         memory.append(memory_mb())
     after = footprint()
-    growth = float(np.median(memory[-25:]) - np.median(memory[:25]))
+    steps = np.diff([np.median(quarter) for quarter in np.array_split(memory, 4)])
     figures["openings"] = {
         "cycles": len(memory),
         "seconds_median": round(statistics.median(seconds), 3),
-        "trainer_growth_mb": round(growth, 3),
+        "trainer_growth_mb": round(float(steps.sum()), 3),
+        "trainer_growth_mb_by_quarter": steps.round(3).tolist(),
         **{f"{name}_growth": getattr(after, name) - getattr(before, name) for name in vars(after)},
     }
     assert after == before
-    assert growth < FLAT_MB
+    # Python's allocator takes a megabyte at a time, in whichever quarter it is full; what leaks does so in all of them.
+    assert 3 * np.median(steps) < FLAT_MB and steps.sum() < 3 * FLAT_MB
