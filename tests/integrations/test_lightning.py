@@ -145,7 +145,9 @@ def test_a_checkpoint_of_another_number_of_ranks_needs_an_order_that_all_of_them
     file = next((tmp_path / "lightning").glob("*.ckpt"))
     checkpoint = torch.load(file)
     loop = checkpoint["loops"]["fit_loop"]["state_dict"]
-    loop["combined_loader"] = [{"ranks": loop["combined_loader"] * 2}]
+    (alone,) = loop["combined_loader"]
+    two = [{**alone, "stream": {**alone["stream"], "rank": rank, "world_size": 2}} for rank in range(2)]
+    loop["combined_loader"] = [{"ranks": two}]
     torch.save(checkpoint, file)
     with pytest.raises(StateError, match=r"saved by 2 ranks .* is loaded by 1: .*StreamCallback\(any_ranks=True\)"):
         run(tmp_path, resume=True)

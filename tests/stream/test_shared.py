@@ -407,11 +407,11 @@ def test_when_the_keeper_is_gone_and_then_the_host_the_others_are_told(ranks):
 
 
 def test_an_exception_of_the_engine_reaches_both_with_its_traceback(ranks):
-    both = ranks(engine_options={"raise_at": 6, "seconds": 0.01})
+    both = ranks(engine_options={"raise_at": 60, "seconds": 0.01})  # beyond what is in flight for take(1)
     both.take(1)
     both.begin("take", 1000)
     for rank in both:
-        with pytest.raises(Failed, match=r"RuntimeError in batch 6: the weights are rotten[^$]*in make"):
+        with pytest.raises(Failed, match=r"RuntimeError in batch 60: the weights are rotten[^$]*in make"):
             rank.end(2)
 
 
