@@ -299,8 +299,14 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on with the very next image: plain numbers, strings, lists and dicts;
         states of a live judge, if any was published, as uint8 tensors under "tensors"."""
-        with self._taking:
+        if not self._taking.acquire(blocking=os.getpid() == self._owner):
+            raise StreamaugError(
+                "this process was forked while another thread was in take: ask for the state before the fork"
+            )
+        try:
             return self._position().state_dict(self._identity)
+        finally:
+            self._taking.release()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called, with any number of producers.

@@ -64,6 +64,28 @@ class FakeStream:
         self.class_weights = state["class_weights"]
 
 
+class Steered(FakeStream):
+    """Makes images of the class that has the most weight, and with ids from 1000 on after a call of `feedback`."""
+
+    first = 0
+
+    def feedback(self):
+        self.first += 1000
+
+    def take(self, n):
+        made = super().take(n)
+        made.labels[:] = made.label_b[:] = 0 if self.class_weights is None else int(np.argmax(self.class_weights))
+        made.ids += self.first
+        return made
+
+    def state_dict(self):
+        return super().state_dict() | {"first": self.first}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.first = state["first"]
+
+
 class Images(Dataset):
     """Real images: float32 [1, 8, 8] in [0, 1], of which pixel [0, 1] tells the index as index / 1000.
 

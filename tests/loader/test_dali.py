@@ -19,7 +19,7 @@ from streamaug.errors import MismatchError, MissingExtra, StateError, UsageError
 from streamaug.loader import DALIStreamLoader, dali_source, stream_source
 
 from .conformance import assert_resumes_exactly, plain
-from .fakes import FakeStream
+from .fakes import FakeStream, Steered
 
 dali = pytest.importorskip("nvidia.dali")
 from nvidia.dali import fn, pipeline_def, types  # noqa: E402
@@ -271,28 +271,6 @@ def test_at_ratio_zero_the_batches_are_dalis_own_and_the_stream_is_not_touched(f
         training(folder), ["data", "label"], reader_name="reader", last_batch_policy=LastBatchPolicy.PARTIAL
     )
     assert mixed == [plain(batch) for batch in alone] and synthetic.calls == 0
-
-
-class Steered(FakeStream):
-    """Makes images of the class that has the most weight, and with ids from 1000 on after a call of `feedback`."""
-
-    first = 0
-
-    def feedback(self):
-        self.first += 1000
-
-    def take(self, n):
-        made = super().take(n)
-        made.labels[:] = made.label_b[:] = 0 if self.class_weights is None else int(np.argmax(self.class_weights))
-        made.ids += self.first
-        return made
-
-    def state_dict(self):
-        return super().state_dict() | {"first": self.first}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.first = state["first"]
 
 
 def test_a_new_ratio_and_feedback_are_in_a_state_saved_while_the_pipeline_holds_images_taken_before_them(folder):

@@ -29,7 +29,7 @@ from streamaug.loader import Mix, StreamNode, exits
 from streamaug.loader.interleave import Share, exact
 
 from .conformance import assert_resumes_exactly, epochs_of, plain
-from .fakes import FakeStream, Images
+from .fakes import FakeStream, Images, Steered
 
 CLASSES = 10
 
@@ -372,27 +372,6 @@ def test_a_held_unstopped_graph_lets_the_interpreter_exit(backend, seconds):
     assert any(int(identity) >= 0 for identity in ended.stdout[1:].partition("]")[0].split(","))
     pids = [int(pid) for pid in ended.stdout.partition("]")[2].split()]
     streams.until(lambda: not any(streams.running(pid) for pid in pids), 3)
-
-
-class Steered(FakeStream):
-    """Makes ids from 1000 on after a call of `feedback`."""
-
-    first = 0
-
-    def feedback(self):
-        self.first += 1000
-
-    def take(self, n):
-        made = super().take(n)
-        made.ids += self.first
-        return made
-
-    def state_dict(self):
-        return super().state_dict() | {"first": self.first}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.first = state["first"]
 
 
 def test_a_state_that_another_version_of_the_node_saved_is_refused():

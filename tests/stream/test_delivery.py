@@ -1,6 +1,7 @@
 import copy
 import os
 import pickle
+import signal
 import threading
 import time
 from pathlib import Path
@@ -344,6 +345,24 @@ def test_feedback_from_another_thread_waits_for_the_call_in_progress():
             time.sleep(0.001)
         assert not reader.is_alive()
     assert len(taken) == len(set(taken)) == 30 * 13
+
+
+def test_a_child_forked_while_another_thread_is_in_take_is_refused_the_state_instead_of_waiting_for_it():
+    with make_stream(backend="local", engine_options={"seconds": 0.2}) as stream:
+        stream.take(1)
+        reader = threading.Thread(target=stream.take, args=(40,))
+        reader.start()
+        until(stream._in_take.locked)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            try:
+                stream.state_dict()
+            except StreamaugError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        reader.join()
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
