@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import segments
 import torch
 from stream import fakes as streams
 from torch.utils.data import default_collate
@@ -221,7 +222,7 @@ def threads_beyond(before):
 
 @pytest.fixture(autouse=True)
 def nothing_stays_behind():
-    before, memory = set(threading.enumerate()), set(os.listdir("/dev/shm"))
+    before, memory = set(threading.enumerate()), segments.names()
 
     def all_ended():
         if threads_beyond(before):
@@ -232,7 +233,7 @@ def nothing_stays_behind():
     with contextlib.suppress(AssertionError):
         streams.until(all_ended, 5)
     assert threads_beyond(before) == []
-    assert set(os.listdir("/dev/shm")) <= memory
+    assert not segments.left_behind(memory)
 
 
 def test_images_of_a_producer_process_arrive_each_once_and_resume_exactly():

@@ -1,6 +1,7 @@
 """Every image that was made is delivered, dropped, rejected or waiting: none is counted twice, none is forgotten."""
 
 import sys
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -17,10 +18,14 @@ from .fakes import Interrupt, images_of, interrupted_take, make_stream, until
 
 MADE: Counter = Counter()  # by the engine, in this process: what figures are compared with
 WAIT_SECONDS = 10.0
+BEGUN, MAY_END = threading.Event(), threading.Event()  # of the batch that a test holds up
 
 
 class CountingEngine(HashEngine):
     def make(self, order, slot) -> int:
+        if order.k == self.options.get("held"):
+            BEGUN.set()
+            assert MAY_END.wait(WAIT_SECONDS)
         accepted = super().make(order, slot)
         MADE["batches"] += 1
         MADE["accepted"] += accepted
@@ -146,12 +151,16 @@ def still(stream: Stream) -> list[int]:
 
 def test_a_batch_that_arrives_after_it_was_dropped_is_counted_as_made_and_dropped_however_late_that_is_seen():
     MADE.clear()
-    options = {"seconds": 0.1, "beat": False}  # so that it is made to its end
+    BEGUN.clear()
+    MAY_END.clear()
+    options = {"held": 1}  # it asks nobody whether it is wanted, so that it is made to its end
     with make_stream(engine=f"{__name__}:build", engine_options=options, backend="local", starved="real") as stream:
-        stream.take(8)
-        until(lambda: stream._fleet.rings[0].published == 1)
+        stream.take(0)
+        assert BEGUN.wait(WAIT_SECONDS)
+        assert stream._fleet.rings[0].published == 1
         stream.replan(first_k=100)
         assert len(stream.take(8)) == 0
+        MAY_END.set()
         until(lambda: stream._fleet.rings[0].published == 5)
         assert stream.take(8).ids[0] == 800
         stats = stream.stats()

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import segments
 
 from streamaug.errors import StreamaugError, UsageError
 
@@ -77,9 +78,9 @@ def assert_gone(pids: list[int]) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left_in_shared_memory():
-    before = set(os.listdir("/dev/shm"))
+    before = segments.names()
     yield
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not segments.left_behind(before)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
