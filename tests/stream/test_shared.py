@@ -21,6 +21,7 @@ from streamaug.config import load
 from streamaug.errors import ConfigError, StreamaugError, UsageError
 from streamaug.stream import ranks as ranks_module
 from streamaug.stream import stream
+from streamaug.stream.dispatch import Dispatch
 from streamaug.stream.footprint import Footprint, children, footprint, running
 from streamaug.stream.producer import End, Maker
 from streamaug.stream.producers import sharing, sockets
@@ -515,6 +516,19 @@ def test_ranks_that_want_different_producers_are_refused(ranks, differs, words):
     with pytest.raises(Failed, match=words):
         other.take(1)
     one.take(20)
+
+
+def test_nothing_is_made_for_a_rank_that_was_refused_however_late_it_looks(ranks, monkeypatch):
+    def issue_and_stall(self: Dispatch) -> None:
+        issue(self)
+        time.sleep(0.5)
+
+    issue = Dispatch.issue
+    monkeypatch.setattr(Dispatch, "issue", issue_and_stall)
+    one, other = ranks(of_rank={1: {"threads": 2}})
+    one.take(1)
+    with pytest.raises(Failed, match=r"UsageError: stream.threads is 2 on this rank"):
+        other.take(1)
 
 
 def test_ranks_without_a_process_group_are_refused():

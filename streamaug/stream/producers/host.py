@@ -72,6 +72,7 @@ class Guest:
         self.peer = Peer.of(connection)
         self.connection = connection
         self.end: End | None = None  # once it has handed in its ring
+        self.admitted = False  # its orders may be made
         self._mapped: Mapped | None = None
         self._images: Images | None = None
 
@@ -140,7 +141,7 @@ class Host:
     def _next(self) -> Guest | None:
         """Whose turn it is of those with an order; the next time, all others come first."""
         for guest in self._guests:
-            if guest.end is not None and guest.end.has_order:
+            if guest.admitted and guest.end is not None and guest.end.has_order:
                 self._guests.remove(guest)
                 self._guests.append(guest)
                 return guest
@@ -237,6 +238,7 @@ class Host:
                 guest.place(spec, self._spec["device"])
                 assert self._maker is not None
                 self._maker.admit(end)
+                guest.admitted = True
             except Exception as error:
                 failure = Failure.of(error, None)
         if failure is not None:
