@@ -49,8 +49,8 @@ def make_stream(
         "backend": backend,
         "memory": memory,
         "deliver_on": str(device),
-        "start_timeout": 30,
-        "hang_timeout": 15,
+        "start_timeout": 120,
+        "hang_timeout": 60,
         "max_restarts": 0,
     }
     return Stream(

@@ -5,8 +5,16 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# A machine that stalls has no slow examples, and which examples are drawn is no matter of chance. Others are looked for
+# by `--hypothesis-profile default --hypothesis-seed random`.
+hypothesis.settings.register_profile(
+    "anywhere", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("anywhere")
 
 # Before anything imports Triton: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
@@ -14,6 +22,13 @@ if not torch.cuda.is_available():
 # Two test processes with two threads each ruin one another on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the user or a CI service says about the terminal is not that of the tests: a colour within an option's name, a
+# message in lines of 30 characters.
+for _name in (
+    *("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "NO_COLOR", "COLUMNS", "LINES", "TERMINAL_WIDTH"),
+    *("TTY_COMPATIBLE", "TTY_INTERACTIVE", "TYPER_USE_RICH", "STREAMAUG_DEBUG"),
+):
+    os.environ.pop(_name, None)
 
 # Under nohup, or in the background of a script, signals are ignored, and children inherit that.
 for _name, _handler in (

@@ -151,7 +151,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 
 def test_the_real_command_prints_one_message_and_no_traceback(tmp_path: Path) -> None:
     path = written(tmp_path, "prior: {}\nloader: {ratio: 2}\n")
-    done = subprocess.run([*CONSOLE, "demo", path], capture_output=True, text=True, cwd=tmp_path, timeout=30)
+    done = subprocess.run([*CONSOLE, "demo", path], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {path}: loader.ratio: input should be less than 1, got 2\n"
 
@@ -164,7 +164,7 @@ def test_the_real_command_refuses_in_the_same_words_without_a_terminal(tmp_path:
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "TERM": "dumb", "PYTHONIOENCODING": "ascii", "COLUMNS": "3"},
-        timeout=30,
+        timeout=120,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: nothing.yaml: no such file")

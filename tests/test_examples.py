@@ -61,7 +61,7 @@ def output_of(folder: Path, *command: object) -> str:
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=400,
         cwd=folder,
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
@@ -69,7 +69,7 @@ def output_of(folder: Path, *command: object) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(500)
 def test_every_script_runs_with_the_stream_and_the_plain_one_without(configuration, tmp_path, monkeypatch):
     """All in one process, as importing takes the time; the plain one reads a producer process, the others a thread."""
     small = tmp_path / "local.yaml"
@@ -86,7 +86,7 @@ def test_every_script_runs_with_the_stream_and_the_plain_one_without(configurati
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("arguments", [[], ["--real-only"]], ids=["with the stream", "real images only"])
 @pytest.mark.parametrize(
     ("name", "launcher"),

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,19 @@ def million(tmp_path_factory) -> Path:
     return path
 
 
+def fastest(job: Callable[[], object]) -> float:
+    """Seconds of the fastest of five: whatever else the machine does, it does not make the job faster."""
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        job()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 def test_a_million_rows_open_within_a_second(million):
-    LatentBank.open(million)  # the first one pays for what torch loads late
-    began = time.perf_counter()
-    bank = LatentBank.open(million)
-    assert time.perf_counter() - began < 1
+    bank = LatentBank.open(million)  # the first one pays for what torch loads late
+    assert fastest(lambda: LatentBank.open(million)) < 1
     assert bank.num_rows == MILLION and bank.gather("latent", [0, MILLION - 1, 5000]).shape == (3, 4, 32, 32)
 
 
@@ -98,9 +107,9 @@ def test_a_random_batch_of_a_million_rows_touches_only_its_rows(million):
 def test_rows_are_found_among_a_million_by_their_hash(million):
     bank = LatentBank.open(million)
     wanted = [3, 500_000, MILLION - 1]
-    began = time.perf_counter()
-    assert bank.rows_with([bank.source_hash(row) for row in wanted]).tolist() == wanted
-    assert time.perf_counter() - began < 1
+    hashes = [bank.source_hash(row) for row in wanted]
+    assert bank.rows_with(hashes).tolist() == wanted
+    assert fastest(lambda: LatentBank.open(million).rows_with(hashes)) < 1
 
 
 def test_gathering_from_a_large_shard_makes_only_the_rows_resident(tmp_path):

@@ -305,7 +305,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(expected, copy):
             except Exception as error:
                 print(len(computed), type(error).__name__, error)
     """)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.startswith("2 BankWriteError") and "cannot be written: File too large" in result.stdout
     assert "start again to go on from there" in result.stdout
     assert {name: data for name, data in contents(copy).items() if name in before} == before

@@ -55,7 +55,7 @@ def test_data_without_torch(digits):
         "import sys; from streamaug.data import load_splits; from streamaug.config import DataConfig;"
         "load_splits(DataConfig()); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_missing_scikit_learn_says_what_to_install(monkeypatch):

@@ -93,7 +93,7 @@ def image(random: np.random.Generator, channels: int = 1, size: int = 8) -> np.n
 def page_of(report: DemoReport, folder: Path, drawn: Path | None = None) -> str:
     samples, curves = (drawn / "samples.png", drawn / "curves.png") if drawn else (None, None)
     write_report(report, folder, timeline=TIMELINE, curves=CURVES, samples_png=samples, curves_png=curves)
-    return (folder / "report.html").read_text()
+    return (folder / "report.html").read_text("utf-8")
 
 
 # The arithmetic.
@@ -239,7 +239,7 @@ def test_the_page_does_without_pictures_curves_and_a_first_batch(tmp_path: Path)
     report = report_of([0.86], [0.89], time_to_first_batch_seconds=None, acceptance_per_class={})
     nothing = Timeline(generation=[], training=[])
     write_report(report, tmp_path, timeline=nothing, curves=[], samples_png=None, curves_png=None)
-    assert "<img" not in (tmp_path / "report.html").read_text()
+    assert "<img" not in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_report_json_is_strict_json_with_the_overlap(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ def tell(view: DemoView) -> None:
 
 def terminal(width: int, height: int) -> Console:
     file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    return Console(file=file, width=width, height=height, force_terminal=True, force_interactive=True)
+    return Console(
+        file=file, width=width, height=height, force_terminal=True, force_interactive=True, _environ={"TERM": "xterm"}
+    )
 
 
 def written(console: Console) -> str:
@@ -103,8 +105,9 @@ def test_the_plain_view_goes_on_when_nobody_reads() -> None:
     tell(PlainView(file))
 
 
-def test_the_plain_view_says_only_the_figures_of_its_phase() -> None:
+def test_the_plain_view_says_only_the_figures_of_its_phase(monkeypatch) -> None:
     file = io.StringIO()
+    monkeypatch.setattr(views.time, "monotonic", lambda: 100.0)
     with PlainView(file) as view:
         view.phase("one")
         view.advance(1, loss=0.5)
@@ -148,7 +151,7 @@ def test_a_real_terminal_gets_the_view_it_can_draw(environment: dict[str, str], 
         stderr=slave,
         env={**kept, "PYTHONUTF8": "1", **environment},
         text=True,
-        timeout=30,
+        timeout=120,
     )
     os.close(slave)
     os.close(master)

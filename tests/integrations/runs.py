@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from loader.fakes import DIGITS, Images
+from stream.fakes import producers_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
@@ -360,11 +361,13 @@ def interrupted(name: str, folder: Path, rank: int = 0, world_size: int = 1, sto
 
         def noting(n):
             batch = take(n)
-            pids[:] = stream.producer_pids
+            pids[:] = producers_of(stream)
             return batch
 
         stream.take = noting
         first = RUNS[name](folder, stream, stop=stop, **options)
+    if world_size > 1:
+        torch.distributed.barrier()  # as if all had ended: what one of them resumes from is complete
     with make_stream(rank, world_size) as stream:
         rest = RUNS[name](folder, stream, resume=True, **options)
     return {"whole": whole, "parts": first + rest, "first": len(first), "pids": pids}

@@ -12,6 +12,7 @@ from streamaug.loader import StreamLoader
 
 from .runs import BATCH, COUNT, accelerate_run, make_stream
 
+pytestmark = pytest.mark.timeout(300)
 BATCHES = -(-COUNT // BATCH)
 
 

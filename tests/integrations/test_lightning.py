@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from loader.fakes import DIGITS, FakeStream, Images, real_loader
-from stream.fakes import running, until
+from stream.fakes import producers_of, running, until
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -14,7 +14,7 @@ from streamaug.loader import StreamLoader
 
 from .runs import BATCH, COUNT, EPOCHS, lightning_run, make_stream
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 BATCHES = -(-COUNT // BATCH)
 
 
@@ -85,7 +85,7 @@ def test_the_callback_feeds_losses_back_logs_figures_and_ends_the_producer(tmp_p
     loader = StreamLoader(real_loader(), stream, ratio=0.5, with_ids=True)
     pids = []
     take = stream.take
-    stream.take = lambda n: (take(n), pids.extend(stream.producer_pids))[0]
+    stream.take = lambda n: (take(n), pids.extend(producers_of(stream)))[0]
     trainer = fit(Module(), loader, tmp_path, log_every_n_steps=1)
     assert len(heard) == 5 and all(len(labels) == len(losses) == len(ids) == 8 for labels, losses, ids in heard)
     assert trainer.callback_metrics["stream/share"] == 0.5 and trainer.callback_metrics["stream/acceptance"] == 1
@@ -97,7 +97,7 @@ def test_the_producer_ends_with_a_fit_that_fails(tmp_path):
     stream = make_stream(backend="process")
     pids = []
     take = stream.take
-    stream.take = lambda n: (take(n), pids.extend(stream.producer_pids))[0]
+    stream.take = lambda n: (take(n), pids.extend(producers_of(stream)))[0]
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(Module(fail_at=2), StreamLoader(real_loader(), stream, ratio=0.5), tmp_path)
     until(lambda: not running(pids[-1]))

@@ -12,6 +12,8 @@ from PIL import Image
 from streamaug.errors import MissingExtra, UsageError
 from streamaug.loader import StreamLoader
 
+pytestmark = pytest.mark.timeout(300)  # importing a framework takes long on a busy machine
+
 
 class Pictures(Images):
     def __getitem__(self, index):

@@ -283,7 +283,7 @@ def test_a_rehearsal_tells_the_time_and_the_shapes(digits, prior):
     rows = np.array([0, 1, 2, 2])
     made = method(prior, visits=10)
     seconds, tensors = made.rehearse(digits.images[rows], digits.labels[rows], rows)
-    assert 0 < seconds < 10
+    assert 0 < seconds < 100
     assert tensors["class_embedding"].shape == (3, 64) and tensors["embedding.loss"].shape == (3,)
 
 

@@ -155,9 +155,12 @@ def test_a_worker_of_the_real_loader_that_dies_is_reported_as_without_the_wrappe
     here, there = fork.Pipe()
     child = fork.Process(target=_read_images_that_kill, args=(there,))
     child.start()
-    assert here.poll(30)
-    kind, message = here.recv()
-    child.join(30)
+    try:
+        assert here.poll(90)
+        kind, message = here.recv()
+        child.join()
+    finally:
+        child.kill()
     assert kind == "RuntimeError" and child.exitcode == 0
     assert re.match(r"DataLoader worker \(pid.*\d+\) (.*killed by signal: Killed|exited unexpectedly)", message)
 

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from stream.fakes import producers_of
 
 from streamaug.config import LoaderConfig, Recipe, StreamConfig
 from streamaug.loader import StreamLoader
@@ -63,7 +64,7 @@ def test_a_resumed_run_and_a_killed_producer_deliver_what_the_uninterrupted_run_
     loader = make_loader(stream)
     batches = iter(loader)
     delivered = [listed(next(batches)) for _ in range(2)]
-    os.kill(stream.producer_pids[0], signal.SIGKILL)
+    os.kill(*producers_of(stream), signal.SIGKILL)
     delivered.append(listed(next(batches)))
     state = loader.state_dict()
     stream.close()

@@ -131,13 +131,13 @@ def schedulers_table() -> str:
 
 def check(name: str, table: str) -> None:
     """The README's table between its markers is this one."""
-    text = README.read_text()
+    text = README.read_text("utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
     assert pattern.search(text), f"README.md has no <!-- {name} --> table"
     current = pattern.sub(lambda match: match[1] + table + "\n" + match[2], text)
     if os.environ.get("STREAMAUG_WRITE_TABLES"):
-        README.write_text(current)
-    assert README.read_text() == current, "the README's table is not what ran; STREAMAUG_WRITE_TABLES=1 writes it"
+        README.write_text(current, "utf-8")
+    assert README.read_text("utf-8") == current, "the README's table is not what ran; STREAMAUG_WRITE_TABLES=1 writes it"
 
 
 def test_the_readme_lists_the_families_as_they_run(folders):

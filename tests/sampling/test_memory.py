@@ -61,20 +61,33 @@ def test_the_batch_proposed_leaves_some_memory_and_is_a_multiple_of_eight():
 def test_growth_of_the_process_is_seen_while_it_lasts():
     # In a process of its own: what other tests import may keep freed memory for later.
     script = """
+import threading
 import torch
+from streamaug.sampling import memory
 from streamaug.sampling.memory import peak_bytes
+
+looked, resident = threading.Event(), memory._resident_bytes
+
+def look():
+    found = resident()
+    looked.set()
+    return found
 
 def run():
     for _ in range(3):
         held = torch.ones(48 * 2**18)
+        for _ in range(2):  # one look may have begun before
+            looked.clear()
+            assert looked.wait(60)
         del held
 
+memory._resident_bytes = look
 cpu = torch.device("cpu")
 print(peak_bytes(run, cpu))
 kept = torch.ones(64 * 2**18)
 print(peak_bytes(lambda: kept.add_(1), cpu))
 """
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=110)
     growth, of_memory_from_before = map(int, done.stdout.split())
     assert 0.7 * 48 * MB < growth < 1.6 * 48 * MB
     assert of_memory_from_before < 16 * MB

@@ -8,11 +8,11 @@ import pytest
 
 from streamaug.stream.producers.backends import Work
 
-from .fakes import listed, make_stream
+from .fakes import listed, make_stream, producers_of
 
 
 def variables(stream) -> dict[str, str]:
-    (pid,) = stream.producer_pids
+    (pid,) = producers_of(stream)
     pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if pair)
 
@@ -76,10 +76,13 @@ def test_a_seed_of_more_than_32_bits_will_do():
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_niceness_is_that_of_the_process_and_of_its_session(method):
-    with make_stream(nice=7, producers=2, start_method=method) as stream:
-        stream.take(20)
-        for pid in stream.producer_pids:
-            assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 7
-            group = Path(f"/proc/{pid}/autogroup")  # Linux shares a core among sessions first
-            assert not group.exists() or group.read_text().endswith("nice 7\n")
+    groups: list[str] = []
+    while not all(group.endswith("nice 7\n") for group in groups[-2:]) or not groups:
+        assert len(groups) < 6, "the system allows few such changes a second, whoever makes them"
+        with make_stream(nice=7, producers=2, start_method=method) as stream:
+            stream.take(20)
+            for pid in producers_of(stream, 2):
+                assert os.getpriority(os.PRIO_PROCESS, pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + 7, 19)
+                group = Path(f"/proc/{pid}/autogroup")  # Linux shares a core among sessions first
+                groups.append(group.read_text() if group.exists() else "nice 7\n")
     assert not Path("/proc/self/autogroup").exists() or " nice 7" not in Path("/proc/self/autogroup").read_text()

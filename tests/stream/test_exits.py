@@ -16,18 +16,19 @@ import pytest
 import segments
 
 from streamaug.errors import StreamaugError, UsageError
+from streamaug.stream.footprint import footprint
 
 from . import fakes
-from .fakes import listed, make_stream, running, undisturbed, until
+from .fakes import assert_given_back, assert_within, listed, make_stream, producers_of, running, undisturbed, until
 
 PRELUDE = f"""
 import gc, os, signal, sys, time
-from {fakes.__name__} import make_stream
+from {fakes.__name__} import make_stream, producers_of
 
 def run(**options):
     stream = make_stream(**options)
     stream.take(8)
-    print(*stream.producer_pids, flush=True)
+    print(*producers_of(stream, options.get("backend") != "local"), flush=True)
     return stream
 """
 
@@ -88,7 +89,7 @@ def test_a_trainer_that_ends_this_way_leaves_nothing_and_keeps_its_exit_code(end
     body, code, last_line = ENDINGS[ending]
     process = script(body)
     pids = pids_of(process)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=100)
     assert_gone(pids)
     assert process.returncode == code, errors
     assert errors.strip().splitlines()[-1:] == ([last_line] if last_line else []), errors
@@ -104,7 +105,7 @@ def test_a_trainer_that_gets_a_signal_leaves_nothing(signum, tail, doing):
     pids = pids_of(process)
     time.sleep(0.2)
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=100)
     assert_gone(pids)
     assert process.returncode == -signum
     assert errors.strip().splitlines()[-1:] == ([tail] if tail else []), errors
@@ -114,17 +115,18 @@ def test_a_trainer_that_gets_a_signal_leaves_nothing(signum, tail, doing):
 def test_a_trainer_killed_while_its_producers_start_leaves_nothing():
     process = script(
         "stream = make_stream(producers=3, engine_options={'start_seconds': 60}); stream.start()\n"
-        "print(*stream.producer_pids, flush=True); time.sleep(60)"
+        "print(*producers_of(stream, 3), flush=True); time.sleep(60)"
     )
     pids = pids_of(process)
+    assert len(pids) == 3
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=100)
     assert_gone(pids)
 
 
 def test_a_killed_trainer_leaves_nothing_although_a_forked_child_holds_its_descriptors():
     process = script(
-        "stream = run()\nchild = os.fork()\nif child == 0:\n    time.sleep(6); os._exit(0)\n"
+        "stream = run()\nchild = os.fork()\nif child == 0:\n    time.sleep(60); os._exit(0)\n"
         "print(child, flush=True); time.sleep(60)"
     )
     pids = pids_of(process)
@@ -133,7 +135,7 @@ def test_a_killed_trainer_leaves_nothing_although_a_forked_child_holds_its_descr
     assert_gone(pids)
     assert running(child)
     os.kill(child, signal.SIGKILL)
-    process.communicate(timeout=20)
+    process.communicate(timeout=100)
 
 
 def test_a_handler_of_sigterm_that_exits_gets_its_own_exit_code():
@@ -143,7 +145,7 @@ def test_a_handler_of_sigterm_that_exits_gets_its_own_exit_code():
     )
     pids = pids_of(process)
     process.terminate()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=100)
     assert_gone(pids)
     assert (process.returncode, errors) == (143, "")
 
@@ -152,7 +154,7 @@ def test_a_script_needs_no_main_guard():
     process = script("stream = run(); print(len(stream.take(20)))")
     pids_of(process)
     assert process.stdout.readline().strip() == "20"
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=100)
     assert (errors, process.returncode) == ("", 0)
 
 
@@ -206,12 +208,6 @@ def test_dataloader_workers_forked_after_the_start_leave_the_stream_alone():
 # Leaks.
 
 
-def footprint() -> tuple[int, int, int]:
-    gc.collect()
-    maps = Path("/proc/self/maps").read_text().count("memfd:streamaug")
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), maps
-
-
 def test_opened_and_closed_a_dozen_times_nothing_grows():
     with make_stream() as stream:
         stream.take(1)
@@ -223,35 +219,42 @@ def test_opened_and_closed_a_dozen_times_nothing_grows():
         if cycle % 4 == 1:
             stream.take(9)
             during = footprint()
-            assert during[0] > before[0] and during[1] > before[1]  # there was something to leak
+            assert during.descriptors > before.descriptors and during.threads > before.threads  # something to leak
         if cycle % 5:
             stream.close()
         del stream
-    assert footprint() == before
+    assert_given_back(before)
 
 
 def test_collected_as_garbage_it_gives_everything_back():
+    before = footprint()
     stream = make_stream(producers=2)
     stream.take(1)
-    pids = stream.producer_pids
-    before = footprint()
+    pids = producers_of(stream, 2)
+    during = footprint()
+    assert all(getattr(during, name) > getattr(before, name) for name in ("descriptors", "threads", "mappings"))
     del stream
     gc.collect()
     assert_gone(pids)
-    after = footprint()
-    assert after[0] < before[0] and after[1] == before[1] - 1 and after[2] == 0
+    assert_given_back(before)
 
 
 def test_closing_is_quick_also_in_the_middle_of_a_long_batch():
-    stream = make_stream(engine_options={"seconds": 60, "beat": False})
-    stream.start()
-    until(lambda: stream._fleet.rings[0].state == 1)
-    threading.Timer(0.3, stream.close).start()
-    with pytest.raises(StreamaugError):
-        stream.take(1)
-    began = time.monotonic()
-    stream.close()
-    assert time.monotonic() - began < 2
+    def close() -> float:
+        stream = make_stream(engine_options={"seconds": 60, "beat": False})
+        stream.start()
+        until(lambda: stream._fleet.rings[0].state == 1)
+        closer = threading.Timer(0.3, stream.close)
+        closer.start()
+        with pytest.raises(StreamaugError):
+            stream.take(1)
+        began = time.monotonic()
+        stream.close()
+        took = time.monotonic() - began
+        closer.join()
+        return took
+
+    assert_within(2, close)
 
 
 def in_handler(stream, action: Callable[[], object], *, then: type[BaseException] | None = None) -> list[object]:
@@ -259,6 +262,9 @@ def in_handler(stream, action: Callable[[], object], *, then: type[BaseException
     seen: list[object] = []
 
     def handler(signum: int, frame: object) -> None:
+        if not stream._in_take.locked():  # between two calls
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
         try:
             seen.append(action())
         except StreamaugError as error:
@@ -291,7 +297,7 @@ def test_a_signal_handler_may_close_the_stream_in_the_middle_of_take(tmp_path, t
     assert stream.state_dict()["next_k"] > 0
     with pytest.raises(StreamaugError, match="the stream was closed"):
         stream.take(1)
-    assert footprint() == before
+    assert_given_back(before)
 
 
 def test_a_signal_handler_gets_the_state_before_take_and_may_change_nothing():
@@ -318,7 +324,7 @@ def written(pid: int | str) -> dict[str, int]:
 def test_what_is_written_to_files_does_not_grow_with_the_images():
     with make_stream(batch_size=32) as stream:
         stream.take(64)
-        pids = ["self", *stream.producer_pids]
+        pids = ["self", *producers_of(stream)]
         before = [written(pid) for pid in pids]
         images = stream.take(32 * 100).images
         after = [written(pid) for pid in pids]

@@ -9,7 +9,18 @@ import pytest
 
 from streamaug.errors import ModelError, ProducerError
 
-from .fakes import images_of, listed, make_stream, running, undisturbed, until
+from .fakes import (
+    assert_within,
+    at_some_pace,
+    images_of,
+    listed,
+    make_stream,
+    producers_of,
+    running,
+    undisturbed,
+    until,
+)
+from .holding import Hold
 
 POINTS = ["before_ready", "before_order", "mid_write", "after_make", "before_publish", "after_publish"]
 
@@ -33,35 +44,39 @@ def test_one_of_several_killed_in_the_middle_of_writing_delivers_the_same_images
 
 
 def test_five_kills_at_random_moments_deliver_the_same_images():
-    rng = np.random.default_rng()
-    images, kills = [], 0
+    rng = np.random.default_rng(5)
+    images = []
     with make_stream(producers=2, engine_options={"seconds": 0.01, "reject": 0.2}) as stream:
-        next_kill = time.monotonic() + 0.5
-        while len(images) < 400 or kills < 5:
+        for kills in range(5):
+            for _ in range(8):  # of which some are made since the last kill, by either
+                images += images_of(stream.take(10))
+            time.sleep(rng.uniform(0, 0.02))
+            os.kill(rng.choice(producers_of(stream, 2)), signal.SIGKILL)
             images += images_of(stream.take(10))
-            if kills < 5 and time.monotonic() > next_kill:
-                time.sleep(rng.uniform(0, 0.02))
-                os.kill(rng.choice(stream.producer_pids), signal.SIGKILL)
-                kills += 1
-                next_kill = time.monotonic() + 0.4
-        until(lambda: stream.stats().restarts == 5)
+            until(lambda kills=kills: stream.stats().restarts == kills + 1)
     assert images == undisturbed([len(images)], engine_options={"reject": 0.2})
 
 
 def test_a_death_is_noticed_within_a_second_also_while_the_trainer_is_busy_elsewhere():
     with make_stream() as stream:
         stream.take(8)
-        (pid,) = stream.producer_pids
-        os.kill(pid, signal.SIGKILL)
-        assert until(lambda: stream.producer_pids not in ([], [pid])) < 1
-        assert stream.stats().restarts == 1
+
+        def notice() -> float:
+            (pid,) = producers_of(stream)
+            os.kill(pid, signal.SIGKILL)
+            deaths.append(pid)
+            return until(lambda: stream.producer_pids not in ([], [pid]))
+
+        deaths: list[int] = []
+        assert_within(1, notice)
+        assert stream.stats().restarts == len(deaths)
         assert images_of(stream.take(40)) == undisturbed([8, 40])[8:]
 
 
 def test_a_terminated_producer_is_replaced_like_a_killed_one():
     with make_stream() as stream:
         stream.take(8)
-        os.kill(stream.producer_pids[0], signal.SIGTERM)
+        os.kill(*producers_of(stream), signal.SIGTERM)
         assert images_of(stream.take(40)) == undisturbed([8, 40])[8:]
         assert stream.stats().restarts == 1
 
@@ -69,7 +84,7 @@ def test_a_terminated_producer_is_replaced_like_a_killed_one():
 def test_ctrl_c_in_the_terminal_does_not_reach_the_producer():
     with make_stream() as stream:
         stream.take(8)
-        (pid,) = stream.producer_pids
+        (pid,) = producers_of(stream)
         assert os.getpgid(pid) != os.getpgid(0) and os.getsid(pid) != os.getsid(0)
         os.kill(pid, signal.SIGINT)
         stream.take(20)
@@ -79,16 +94,23 @@ def test_ctrl_c_in_the_terminal_does_not_reach_the_producer():
 # Exceptions.
 
 
-def test_an_exception_arrives_within_a_second_with_its_traceback_and_its_batch():
-    with make_stream(engine_options={"raise_at": 5, "seconds": 0.01}) as stream:
-        stream.take(1)
-        began = time.monotonic()
-        with pytest.raises(ProducerError) as error:
-            listed(stream, [1] * 100)
-        assert time.monotonic() - began < 1
-        with pytest.raises(ProducerError):
+def test_an_exception_arrives_within_a_second_with_its_traceback_and_its_batch(tmp_path):
+    messages = []
+
+    def arrive() -> float:
+        raised = tmp_path / f"raised {len(messages)}"
+        with make_stream(engine_options={"raise_at": 5, "seconds": 0.01, "once": str(raised)}) as stream:
             stream.take(1)
-    message = str(error.value)
+            with pytest.raises(ProducerError) as error:
+                listed(stream, [1] * 100)
+            took = time.time() - raised.stat().st_mtime
+            with pytest.raises(ProducerError):
+                stream.take(1)
+        messages.append(str(error.value))
+        return took
+
+    assert_within(1, arrive)
+    message = messages[0]
     assert message.startswith("the producer raised RuntimeError in batch 5: the weights are rotten")
     assert "in make" in message and "hashing.py" in message and "Traceback" in message
 
@@ -165,7 +187,7 @@ def test_deaths_with_progress_in_between_do_not_add_up():
     with make_stream(max_restarts=1) as stream:
         for _ in range(4):
             stream.take(40)
-            pids = stream.producer_pids
+            pids = producers_of(stream)
             os.kill(pids[0], signal.SIGKILL)
             until(lambda pids=pids: stream.producer_pids not in ([], pids))
         stream.take(40)
@@ -182,33 +204,45 @@ def test_a_stopped_producer_is_reported_and_then_replaced(tmp_path, caplog):
         images = listed(stream, [80])
         assert stream.stats().restarts == 1
     assert images == undisturbed([80])
-    said = {record.getMessage(): record.created - stopped.stat().st_mtime for record in caplog.records}
-    (reported,) = [seconds for line, seconds in said.items() if "has made no progress for" in line]
-    replaced = min(seconds for line, seconds in said.items() if "replacing it" in line)
+    at = stopped.stat().st_mtime
+    said = [(record.getMessage(), record.created - at) for record in caplog.records if record.created > at]
+    reported = min(seconds for line, seconds in said if "has made no progress for" in line)
+    (replaced,) = [seconds for line, seconds in said if "replacing it" in line]
     assert 0.3 < reported < 5 * 0.4 and 0.9 < replaced < 5 * 1.0
-    assert caplog.text.count("replacing it") == 1
 
 
 def test_slow_work_is_not_a_hang_as_long_as_it_beats(caplog):
-    with make_stream(stall_timeout=0.2, hang_timeout=0.4, engine_options={"seconds": 0.8}) as stream:
-        stream.take(16)
-        assert stream.stats().restarts == 0
-    assert "progress" not in caplog.text
+    def check(pace: float) -> None:
+        caplog.clear()
+        limits = {"stall_timeout": 0.2 * pace, "hang_timeout": 0.4 * pace}
+        with make_stream(**limits, engine_options={"seconds": 0.8 * pace}) as stream:
+            stream.take(16)
+            assert stream.stats().restarts == 0
+        assert "progress" not in caplog.text
+
+    at_some_pace(check)
 
 
 def test_the_first_batch_may_take_as_long_as_starting():
-    options = {"slow_every": 1000, "slow_seconds": 0.8, "beat": False}
-    with make_stream(stall_timeout=0.2, hang_timeout=0.4, start_timeout=30, engine_options=options) as stream:
-        stream.take(8)
-        assert stream.stats().restarts == 0
+    def check(pace: float) -> None:
+        limits = {"stall_timeout": 0.2 * pace, "hang_timeout": 0.4 * pace, "start_timeout": 100}
+        options = {"slow_every": 1000, "slow_seconds": 0.8 * pace, "beat": False}
+        with make_stream(**limits, engine_options=options) as stream:
+            stream.take(8)
+            assert stream.stats().restarts == 0
+
+    at_some_pace(check)
 
 
 def test_an_idle_producer_does_not_count_as_hung():
-    with make_stream(stall_timeout=0.1, hang_timeout=0.3) as stream:
-        stream.take(4)
-        time.sleep(1)
-        stream.take(40)
-        assert stream.stats().restarts == 0
+    def check(pace: float) -> None:
+        with make_stream(stall_timeout=0.1 * pace, hang_timeout=0.3 * pace) as stream:
+            stream.take(4)
+            time.sleep(1 * pace)
+            stream.take(40)
+            assert stream.stats().restarts == 0
+
+    at_some_pace(check)
 
 
 def test_a_producer_that_is_never_ready_is_an_error():
@@ -216,18 +250,16 @@ def test_a_producer_that_is_never_ready_is_an_error():
         began = time.monotonic()
         with pytest.raises(ProducerError, match=r"not ready after 0.8 s \(stream.start_timeout\)"):
             stream.take(1)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 30
 
 
-def test_a_hung_thread_is_an_error_because_it_cannot_be_replaced():
-    options = {"seconds": 1.5, "beat": False}
-    with (
-        make_stream(
-            backend="local", stall_timeout=0.1, hang_timeout=0.3, start_timeout=0.3, engine_options=options
-        ) as stream,
-        pytest.raises(ProducerError, match=r"only stream\.backend: process can replace"),
-    ):
-        stream.take(1)
+def test_a_hung_thread_is_an_error_because_it_cannot_be_replaced(tmp_path):
+    hold = Hold(tmp_path, 2)
+    options = {"engine": hold.engine, "engine_options": hold.options | {"beat": False}}
+    with make_stream(backend="local", stall_timeout=0.1, hang_timeout=0.3, **options) as stream:
+        with pytest.raises(ProducerError, match=r"only stream\.backend: process can replace"):
+            stream.take(100)
+        hold.end()
 
 
 def test_what_a_producer_logs_is_logged_by_the_trainer(caplog):
@@ -249,8 +281,8 @@ def test_two_streams_in_one_process_do_not_disturb_each_other():
         for n in (3, 9, 20):
             first += images_of(one.take(n))
             second += images_of(two.take(n))
-        os.kill(one.producer_pids[0], signal.SIGKILL)
-        pids = two.producer_pids
+        os.kill(*producers_of(one), signal.SIGKILL)
+        pids = producers_of(two, 2)
         first += images_of(one.take(30))
         one.close()
         second += images_of(two.take(30))

@@ -415,7 +415,7 @@ def test_after_a_kill_of_the_trainer_all_that_was_delivered_is_in_the_manifest(t
     path = tmp_path / "run.manifest"
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True, timeout=60, cwd=root
+        [sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True, timeout=100, cwd=root
     )
     ids = [int(line) for line in done.stdout.split()]
     assert done.returncode == -9, done.stderr

@@ -1,5 +1,4 @@
 import os
-import resource
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ from streamaug.errors import MemoryTooSmall, StreamaugError
 from streamaug.stream.ring import memory
 from streamaug.stream.ring.memory import Memory
 
-from .fakes import listed, make_stream, undisturbed
+from .fakes import descriptors_left, listed, make_stream, undisturbed
 
 
 @pytest.mark.parametrize("kind", ["memfd", "shm", "file"])
@@ -55,20 +54,15 @@ def test_a_limited_process_gets_an_error_it_can_read():
         "try:\n    memory.Memory.create('memfd', 10**6)\n"
         "except memory.MemoryTooSmall as error:\n    print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert "the ring needs 1.0 MB and the system refused it (File too large" in done.stdout
 
 
 def test_too_few_descriptors_are_an_error_and_leak_none():
     stream = make_stream(producers=3)
     before = len(os.listdir("/proc/self/fd"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 5, hard))
-    try:
-        with pytest.raises(StreamaugError, match="Too many open files"):
-            stream.start()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with descriptors_left(6), pytest.raises(StreamaugError, match="Too many open files"):
+        stream.start()
     stream.close()
     assert len(os.listdir("/proc/self/fd")) == before
 

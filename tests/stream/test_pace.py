@@ -12,8 +12,10 @@ from streamaug.stream.ranks import trainers_here
 from streamaug.stream.rates.advice import Generator, announcement, remedies, verdict
 from streamaug.stream.rates.pace import Demand, Pace
 from streamaug.stream.rates.recorder import Recorder
+from streamaug.stream.ring import FAILED
 
-from .fakes import make_planner, make_stream
+from .fakes import at_some_pace, make_planner, make_stream, until
+from .holding import Hold
 
 SLOW = Pace(supply=240, demand=640, waiting=0.62, missing=0, ratio=0.5)
 
@@ -94,12 +96,18 @@ def test_the_first_rate_is_that_of_batches_of_mean_depth():
 
 
 def test_a_thread_that_reads_ahead_is_no_loop_and_raises_no_alarm(caplog):
-    with make_stream(engine_options={"seconds": 0.03}) as stream:
-        reader = threading.Thread(target=lambda: [stream.take(8) for _ in range(30)])
-        reader.start()
-        reader.join()
-        stats = stream.stats()
-    assert stats.stall_seconds > 0.5 and caplog.records == []
+    def check(pace: float) -> None:
+        nonlocal stats
+        with make_stream(engine_options={"seconds": 0.03 * pace}) as stream:
+            reader = threading.Thread(target=lambda: [stream.take(8) for _ in range(30)])
+            reader.start()
+            reader.join()
+            stats = stream.stats()
+        assert stats.stall_seconds > 0.5 * pace
+
+    stats = None
+    at_some_pace(check)
+    assert caplog.records == []
     assert stats.demand_per_second is None and stats.sustainable_ratio is None
 
 
@@ -108,65 +116,91 @@ def test_a_thread_that_reads_ahead_is_no_loop_and_raises_no_alarm(caplog):
 
 def test_before_the_first_image_it_is_said_what_can_be_fed(caplog):
     caplog.set_level("INFO", logger="streamaug")
-    with make_stream(engine_options={"seconds": 0.02, "slow_every": 1000, "slow_seconds": 0.3}) as stream:
-        stream.asked_ratio = 0.2
-        stream.take(1)
-        (line,) = [record.getMessage() for record in caplog.records]
-        rate = stream.rate
-        stream.take(40)
-    assert line.startswith("producer ready in ") and "the first batch" not in line
-    assert 8 / 0.1 < rate < 8 / 0.02, "the first batch took 0.32 s, the second one 0.02"
-    assert "pass the judge: ratio 0.2 up to " in line and ", 0.5 up to " in line
-    assert len(caplog.records) == 1, "once"
+
+    def check(pace: float) -> None:
+        caplog.clear()
+        options = {"seconds": 0.02 * pace, "slow_every": 1000, "slow_seconds": 0.3 * pace}
+        with make_stream(engine_options=options) as stream:
+            stream.asked_ratio = 0.2
+            stream.take(1)
+            assert len(caplog.records) == 1
+            line, rate = caplog.records[0].getMessage(), stream.rate
+            stream.take(40)
+        assert line.startswith("producer ready in ") and "the first batch" not in line
+        assert 8 / 0.1 < rate * pace < 8 / 0.02, "the first batch took 0.32 s, the second one 0.02"
+        assert "pass the judge: ratio 0.2 up to " in line and ", 0.5 up to " in line
+        assert len(caplog.records) == 1, "once"
+
+    at_some_pace(check)
 
 
-@pytest.mark.parametrize("options", [{"in_flight": 1}, {"engine_options": {"raise_at": 1}}])
-def test_where_no_second_batch_comes_soon_the_first_one_counts_and_is_named(caplog, options):
+@pytest.mark.parametrize("why", ["none was ordered", "it takes long", "it raises"])
+def test_where_no_second_batch_comes_soon_the_first_one_counts_and_is_named(caplog, why, tmp_path):
     caplog.set_level("INFO", logger="streamaug")
-    with make_stream(**options) as stream:
+    hold = Hold(tmp_path, 1)
+    options = {"in_flight": 1 if why == "none was ordered" else 4, "engine_options": hold.options | {"raise_at": 1}}
+    with make_stream(engine=hold.engine, **options) as stream:
+        first_times = stream._dispatch.first_times
+
+        def seen_to_have_begun() -> tuple[float, bool]:
+            if why == "it raises":
+                hold.end()
+                until(lambda: stream._fleet.rings[0].state == FAILED)
+            return first_times()
+
+        stream._dispatch.first_times = seen_to_have_begun  # called once the first batch is there
         stream.take(8)
     assert caplog.records[0].getMessage().count("at least") == 1
     assert "(the first batch warmed it up)" in caplog.records[0].getMessage()
 
 
-def test_a_loop_that_real_images_fill_up_is_not_made_to_wait_for_the_rate(caplog):
+def test_a_loop_that_real_images_fill_up_is_not_made_to_wait_for_the_rate(caplog, tmp_path):
     caplog.set_level("INFO", logger="streamaug")
-    with make_stream(starved="real", engine_options={"seconds": 0.05}) as stream:
-        began = time.monotonic()
-        assert len(stream.take(8)) == 0 and time.monotonic() - began < 0.5
+    hold = Hold(tmp_path, 0)
+    with make_stream(starved="real", engine=hold.engine, engine_options=hold.options) as stream:
+        assert len(stream.take(8)) == 0, "and it never would have ended"
         assert not caplog.records
-        deadline = time.monotonic() + 10
-        while not caplog.records and time.monotonic() < deadline:
-            stream.take(8)
+        hold.end()
+        until(lambda: len(stream.take(8)) >= 0 and len(caplog.records) > 0)
     assert caplog.records[0].getMessage().startswith("producer ready")
 
 
 def test_a_generator_that_is_too_slow_is_said_once_with_figures_and_what_would_help(caplog):
-    with make_stream(engine_options={"seconds": 0.04}) as stream:
-        stream.asked_ratio = 0.5
-        for _ in range(40):
-            stream.take(8)
-            time.sleep(0.005)
-        stats = stream.stats()
-    (record,) = caplog.records
-    message = record.getMessage()
-    assert record.levelname == "WARNING" and message.startswith("the generator is too slow for ratio 0.5: training ")
-    assert "synthetic images/s" in message and "stands still for " in message
-    assert f"stream.starved: reuse with max_reuse: {int(np.ceil(0.5 / stats.sustainable_ratio - 1))}" in message
-    assert 120 < stats.supply_per_second < 200.1 and stats.demand_per_second > 400
-    assert stats.sustainable_ratio == pytest.approx(0.5 * stats.supply_per_second / stats.demand_per_second)
-    assert (stats.asked_ratio, stats.as_dict()["sustainable_ratio"]) == (0.5, stats.sustainable_ratio)
-    assert f"{stats.supply_per_second:,.0f}/s could be fed, {stats.demand_per_second:,.0f}/s used" in stats.line()
+    def check(pace: float) -> None:
+        caplog.clear()
+        with make_stream(engine_options={"seconds": 0.04 * pace}) as stream:
+            stream.asked_ratio = 0.5
+            for _ in range(40):
+                stream.take(8)
+                time.sleep(0.005 * pace)
+            stats = stream.stats()
+        assert len(caplog.records) == 1
+        (record,) = caplog.records
+        message = record.getMessage()
+        assert record.levelname == "WARNING"
+        assert message.startswith("the generator is too slow for ratio 0.5: training ")
+        assert "synthetic images/s" in message and "stands still for " in message
+        assert f"stream.starved: reuse with max_reuse: {int(np.ceil(0.5 / stats.sustainable_ratio - 1))}" in message
+        assert 120 < stats.supply_per_second * pace < 200.1 and stats.demand_per_second * pace > 400
+        assert stats.sustainable_ratio == pytest.approx(0.5 * stats.supply_per_second / stats.demand_per_second)
+        assert (stats.asked_ratio, stats.as_dict()["sustainable_ratio"]) == (0.5, stats.sustainable_ratio)
+        assert f"{stats.supply_per_second:,.0f}/s could be fed, {stats.demand_per_second:,.0f}/s used" in stats.line()
+
+    at_some_pace(check)
 
 
 def test_a_generator_that_keeps_up_is_not_complained_of(caplog):
-    with make_stream(engine_options={"seconds": 0.005}) as stream:
-        for _ in range(40):
-            stream.take(8)
-            time.sleep(0.02)
-        stats = stream.stats()
-    assert caplog.records == []
-    assert stats.supply_per_second > stats.demand_per_second and stats.sustainable_ratio == stats.asked_ratio
+    def check(pace: float) -> None:
+        caplog.clear()
+        with make_stream(engine_options={"seconds": 0.005 * pace}) as stream:
+            for _ in range(40):
+                stream.take(8)
+                time.sleep(0.02 * pace)
+            stats = stream.stats()
+        assert caplog.records == []
+        assert stats.supply_per_second > stats.demand_per_second and stats.sustainable_ratio == stats.asked_ratio
+
+    at_some_pace(check)
 
 
 def test_the_ratio_is_the_configurations_until_a_loader_says_its_own():

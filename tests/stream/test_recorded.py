@@ -133,7 +133,7 @@ def test_a_trainer_killed_in_the_middle_of_a_record_goes_on_without_a_gap(
 
     path = tmp_path / "run.manifest"
     command = [sys.executable, "-c", KILLED, str(path), str(last)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with Manifest(path) as found:
         torn = found.torn

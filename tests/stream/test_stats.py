@@ -1,5 +1,6 @@
 """The figures of a stream: what they count, what they call the limit, and what they cost."""
 
+import itertools
 import json
 import re
 import statistics
@@ -11,7 +12,7 @@ import pytest
 from streamaug.stream.rates.recorder import Recorder
 from streamaug.stream.ring import STAGES
 
-from .fakes import listed, make_planner, make_stream, until
+from .fakes import at_some_pace, listed, make_planner, make_stream, until
 
 
 class FakeSlot:
@@ -104,14 +105,17 @@ def test_a_judge_that_rejects_most_is_named_beside_the_stage():
 
 @pytest.mark.parametrize(("in_flight", "limited"), [(2, True), (16, False)])
 def test_a_loop_that_waits_for_more_at_once_than_is_in_flight_is_told_so(in_flight, limited):
-    with make_stream(in_flight=in_flight, backend="local", engine_options={"seconds": 0.004}) as stream:
-        stream.take(1)
-        for _ in range(12):
-            stream.take(48)  # six batches, made in 24 ms
-            time.sleep(0.05)
-        said = stream.stats().limit
-    assert said.startswith("batches in flight limit training: producers could feed ") == limited, said
-    assert said.endswith("more stream.in_flight evens that out") == limited
+    def check(pace: float) -> None:
+        with make_stream(in_flight=in_flight, backend="local", engine_options={"seconds": 0.004 * pace}) as stream:
+            stream.take(1)
+            for _ in range(12):
+                stream.take(48)  # six batches, made in 24 ms
+                time.sleep(0.05 * pace)
+            said = stream.stats().limit
+        assert said.startswith("batches in flight limit training: producers could feed ") == limited, said
+        assert said.endswith("more stream.in_flight evens that out") == limited
+
+    at_some_pace(check)
 
 
 def test_a_stage_of_the_trainers_own_that_takes_much_of_its_time_is_named():
@@ -153,13 +157,17 @@ def test_images_are_as_many_steps_old_as_batches_are_ahead_of_them():
 def test_a_line_is_logged_now_and_then(monkeypatch, caplog):
     monkeypatch.setattr(Recorder, "REPORT_SECONDS", 0.2)
     caplog.set_level("INFO", logger="streamaug")
+
+    def said() -> list:
+        return [record for record in caplog.records if "images delivered" in record.getMessage()]
+
     with make_stream(engine_options={"seconds": 0.02, "reject": 0.2}) as stream:
-        stream.take(8)
-        began = time.monotonic()
-        while time.monotonic() - began < 0.9:
+        for _ in range(40):
             stream.take(8)
-    lines = [record.getMessage() for record in caplog.records if "images delivered" in record.getMessage()]
-    assert 2 <= len(lines) <= 5
+        until(lambda: len(stream.take(8)) > 0 and len(said()) >= 3)
+    times = [record.created for record in said()]
+    assert all(later - one > 0.15 for one, later in itertools.pairwise(times)), times
+    lines = [record.getMessage() for record in said()]
     for word in (
         "fresh 100%",
         "could be fed",

@@ -14,7 +14,7 @@ from streamaug.stream.torture import Report, main, torture
 
 def test_seconds_of_chaos_deliver_the_same_images_and_leave_nothing():
     command = [sys.executable, "-m", module.__name__, "--minutes", "0.12", "--producers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.startswith("seed ") and "2 producers, 0.12 minutes" in done.stdout
     assert "verdict: every image as in the undisturbed run, and nothing left behind" in done.stdout
@@ -35,7 +35,7 @@ def test_what_is_left_behind_is_noticed(monkeypatch):
 
     play = module._play
     monkeypatch.setattr(module, "_play", play_and_keep)
-    monkeypatch.setattr(module, "GONE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "GONE_SECONDS", 2.0)
     report = torture(0.01, seed=3, producers=1, round_seconds=0.5, say=lambda line: None)
     os.close(kept[0])
     assert "left something behind" in report.failures[0] and "descriptors" in report.failures[0]

@@ -79,7 +79,7 @@ def test_every_scheduler_is_fused_or_stepped_with_parity_or_refused_with_a_reaso
 
 def test_the_documented_table_is_what_the_program_prints():
     """For the diffusers that it names; another one is covered by the test above."""
-    written = DOCS.read_text()
+    written = DOCS.read_text("utf-8")
     if f"diffusers {diffusers.__version__} runs" in written:
         assert page() == written, "run: python -m streamaug.sampling.solvers.page > docs/schedulers.md"
     else:
