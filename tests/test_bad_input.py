@@ -330,7 +330,8 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(settings: list[st
 
 def test_an_unknown_classifier_is_refused_before_any_work(settings: list[str], tmp_path: Path) -> None:
     for section in ("train", "judge"):
-        message = refusal("preview", *settings, "--set", f"{section}.classifier=smal_cnn")
+        out = ["--out", str(tmp_path / "preview.png")]
+        message = refusal("preview", *settings, *out, "--set", f"{section}.classifier=smal_cnn")
         assert "did you mean 'small_cnn'?" in message
     assert not (tmp_path / "cache").exists()
 
@@ -355,6 +356,7 @@ def test_weights_that_are_not_numbers_are_refused(settings: list[str], tmp_path:
     next(iter(weights.values()))[:] = float("nan")
     save_file(weights, tmp_path / "judge.safetensors")
     given = ["--set", "judge.enabled=true", "--set", f"judge.weights={tmp_path / 'judge.safetensors'}"]
+    given += ["--out", str(tmp_path / "preview.png")]
     assert "NaN or infinity" in refusal("preview", *settings, *given)
     (tmp_path / "judge.safetensors").write_bytes(b"not weights")
     assert "cannot be read as safetensors" in refusal("preview", *settings, *given)

@@ -266,7 +266,7 @@ def test_doctor_knows_a_machine_without_shared_memory_and_gpu(monkeypatch, tmp_p
 
     monkeypatch.setattr(memory, "SHM_FOLDER", str(tmp_path / "shm"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(app, ["doctor"]).exit_code == 0
+    assert run(app, ["doctor", "--set", f"cache={tmp_path}"]).exit_code == 0
     wanting = run(app, ["doctor", "--set", "stream.memory=shm", "--set", "model.device=cuda"])
     assert wanting.exit_code == 1
     assert "--set stream.memory=auto" in wanting.output and "--set model.device=cpu" in wanting.output

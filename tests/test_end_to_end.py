@@ -15,6 +15,8 @@ import pytest
 import segments
 from PIL import Image
 
+pytestmark = pytest.mark.timeout(600)  # each waits for processes that import torch and train
+
 DEMO_KEYS = {
     *(
         "real_only",
@@ -108,11 +110,10 @@ def test_train_reports_what_it_did(undisturbed):
     assert undisturbed["stream"]["curve"][-1][0] == 40
 
 
-@pytest.mark.timeout(200)
-def test_killing_the_producer_changes_nothing_in_the_result(undisturbed, small_overrides, tmp_path):
-    overrides = [*small_overrides, "train.steps=40"]
+def train_killing_producers(out: Path, overrides: list[str]) -> dict:
+    """The report of a training whose producer is killed while it starts, and another while it works."""
     trainer = subprocess.Popen(
-        command("train", "digits", "--out", tmp_path, overrides=overrides),
+        command("train", "digits", "--out", out, overrides=overrides),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -126,18 +127,23 @@ def test_killing_the_producer_changes_nothing_in_the_result(undisturbed, small_o
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
         time.sleep(0.02)
-    output, _ = trainer.communicate(timeout=150)
+    output, _ = trainer.communicate(timeout=300)
     assert trainer.returncode == 0, output
-    assert killed
-    report = json.loads((tmp_path / "report.json").read_text())
+    return json.loads((out / "report.json").read_text())
+
+
+def test_killing_the_producer_changes_nothing_in_the_result(undisturbed, small_overrides, tmp_path):
+    for attempt in range(3):  # a kill that is held up for long comes when all is trained
+        report = train_killing_producers(tmp_path / str(attempt), [*small_overrides, "train.steps=40"])
+        assert report["accuracy"] == undisturbed["accuracy"]
+        assert report["stream"]["curve"] == undisturbed["stream"]["curve"]
+        assert report["delivered"] == undisturbed["delivered"]
+        assert report["accepted"] >= report["delivered"]
+        if report["restarts"]:
+            break
     assert report["restarts"] >= 1
-    assert report["accuracy"] == undisturbed["accuracy"]
-    assert report["stream"]["curve"] == undisturbed["stream"]["curve"]
-    assert report["delivered"] == undisturbed["delivered"]
-    assert report["accepted"] >= report["delivered"]
 
 
-@pytest.mark.timeout(200)
 def test_ctrl_c_in_training_leaves_nothing_behind(small_overrides, tmp_path):
     shared = segments.names()
     trainer = subprocess.Popen(
@@ -151,7 +157,7 @@ def test_ctrl_c_in_training_leaves_nothing_behind(small_overrides, tmp_path):
         time.sleep(0.05)
     time.sleep(6)
     trainer.send_signal(signal.SIGINT)
-    output, _ = trainer.communicate(timeout=60)
+    output, _ = trainer.communicate(timeout=120)
     assert trainer.returncode == 130, output
     assert "Traceback" not in output
     assert pids
@@ -170,7 +176,6 @@ def demo_out(small_overrides, tmp_path_factory):
     return out, output
 
 
-@pytest.mark.timeout(200)
 def test_the_demo_delivers_exactly_its_share_all_of_it_fresh(demo_out):
     out, _ = demo_out
     report = json.loads((out / "report.json").read_text())
@@ -201,7 +206,6 @@ def test_the_demo_says_first_what_came_of_it(demo_out):
     assert "http" not in re.sub(r"<a [^>]*>", "", (out / "report.html").read_text("utf-8")).replace("http-equiv", "")
 
 
-@pytest.mark.timeout(200)
 def test_a_folder_of_pngs_trains_and_previews(tmp_path, cache):
     rng = np.random.default_rng(0)
     for name, axis in (("rows", 0), ("columns", 1)):

@@ -57,8 +57,8 @@ def test_a_crash_at_every_file_operation_leaves_the_same_bank(expected, tmp_path
 def test_a_bank_killed_at_random_moments_is_byte_identical(expected, tmp_path, kills):
     plan, uninterrupted, _ = expected
     path = tmp_path / "bank"
-    # The alarm ends the process as SIGKILL does. It is set there, so that a wait of ours gives it no more time: 49 seeds
-    # take it 0.098 s and more.
+    # The alarm ends the process as SIGKILL does. It is set there, so that a wait of ours gives it no more time: it
+    # takes 0.098 s and more to make 49 seeds.
     script = textwrap.dedent(f"""
         import signal, sys, time
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})

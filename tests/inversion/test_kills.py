@@ -14,9 +14,9 @@ import pytest
 from diffusers import DDIMScheduler
 from sampling.denoisers.tiny import unet2d
 
-# Reads seconds, methods and bank folders from its standard input. For each it starts a process that inverts into it, and
-# says how that ended. With seconds, an alarm ends the process then, which as SIGKILL leaves it no last word: its clock is
-# its own, so that it has no more time where this test, or the machine, is held up.
+# Reads seconds, methods and bank folders from its standard input. For each it starts a process that inverts into it,
+# and says how that ended. With seconds, an alarm ends the process then, which as SIGKILL leaves it no last word. Its
+# clock is its own, so that it has no more time where this test is held up.
 INVERTER = textwrap.dedent(
     """
     import os, signal, sys, time

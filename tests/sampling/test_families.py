@@ -137,7 +137,7 @@ def check(name: str, table: str) -> None:
     current = pattern.sub(lambda match: match[1] + table + "\n" + match[2], text)
     if os.environ.get("STREAMAUG_WRITE_TABLES"):
         README.write_text(current, "utf-8")
-    assert README.read_text("utf-8") == current, "the README's table is not what ran; STREAMAUG_WRITE_TABLES=1 writes it"
+    assert README.read_text("utf-8") == current, "the README has another table; STREAMAUG_WRITE_TABLES=1 writes it"
 
 
 def test_the_readme_lists_the_families_as_they_run(folders):

@@ -2,6 +2,7 @@
 images, and the same record of them."""
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from streamaug.stream.manifest import Manifest
 
-from .fakes import Interrupt, images_of, make_stream
+from .fakes import Interrupt, images_of, listed, make_stream, undisturbed
 
 
 def interrupt_at(stream, n: int, line: int) -> bool | None:
@@ -78,6 +79,22 @@ def test_a_call_interrupted_at_many_places_leaves_no_trace(tmp_path, in_flight):
 @pytest.mark.parametrize("in_flight", [1, 2, 4])
 def test_a_call_interrupted_before_any_line_leaves_no_trace(tmp_path, in_flight):
     compare(tmp_path / "run.manifest", in_flight, every=1)
+
+
+def test_a_first_call_interrupted_while_it_starts_the_producers_leaves_them_to_the_next_one(monkeypatch):
+    start = threading.Thread.start
+
+    def start_and_be_interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        monkeypatch.undo()
+        raise Interrupt
+
+    with make_stream(producers=2) as stream:
+        monkeypatch.setattr(threading.Thread, "start", start_and_be_interrupted)
+        with pytest.raises(Interrupt):
+            stream.take(1)
+        assert listed(stream, [40]) == undisturbed([40])
+        assert stream.stats().restarts == 0
 
 
 REDIRECTIONS = {

@@ -20,6 +20,7 @@ from streamaug.errors import MemoryTooSmall, ProducerError, StreamaugError, Usag
 from streamaug.stream import stream
 from streamaug.stream.footprint import children
 from streamaug.stream.producer import serve
+from streamaug.stream.producers import backends
 from streamaug.stream.producers.backends import Work
 from streamaug.stream.producers.fleet import Fleet
 from streamaug.stream.producers.placement import Placement, Sides, choose
@@ -30,7 +31,7 @@ from streamaug.stream.ring.memory import Memory
 from streamaug.stream.ring.pixels import DeviceImages
 
 from .double import UUIDS, DoubleCuda, DoubleEvent, calls, lay_out
-from .fakes import IMAGE_SHAPE, images_of, listed, make_planner, make_stream, undisturbed, until
+from .fakes import IMAGE_SHAPE, images_of, listed, make_planner, make_stream, producers_of, undisturbed, until
 
 EMITTING = f"{__package__}.double:build"
 LAYOUT = Layout(8, IMAGE_SHAPE, 2)
@@ -42,6 +43,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "PROVIDER", f"{__package__}.double:DoubleCuda")
     monkeypatch.setenv("STREAMAUG_DOUBLE", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(backends, "_LEAVE_SECONDS", 30.0)  # what a producer gives back, it gives back before its end
     lay_out(tmp_path)
     return tmp_path
 
@@ -139,7 +141,7 @@ def test_slots_in_a_gpus_memory_are_shared_once_and_bring_the_same_images(tensor
     engine = {"engine": EMITTING} if tensors else {}
     with make_stream(**engine, producers=2, engine_options={"reject": 0.3}) as one:
         assert listed(one, [5, 40, 40]) == undisturbed_on_the_cpu([85], engine_options={"reject": 0.3})
-        producers = one.producer_pids
+        producers = producers_of(one, 2)
         assert one.ring_nbytes == 2 * Layout(8, IMAGE_SHAPE, 2, images_apart=True).nbytes
     made = calls(machine)
     assert [(pid, name) for pid, name, _ in made if name in ("allocate", "free")] == [
@@ -278,7 +280,7 @@ def test_the_side_with_a_gpu_registers_the_block_and_unregisters_it(producer, tr
     on(producer, trainer)
     with make_stream() as one:
         assert listed(one, [40]) == undisturbed_on_the_cpu([40])
-        pids = {"cuda": one.producer_pids[0], "cpu": os.getpid()}
+        pids = {"cuda": producers_of(one)[0], "cpu": os.getpid()}
         nbytes = one.ring_nbytes
     assert [(pid, name) for pid, name, _ in calls(machine) if name != "stream"] == [
         (pids[producer], "register"),
@@ -291,7 +293,7 @@ def test_a_killed_producers_successor_registers_the_block_again(machine, on):
     on("cuda", "cpu")
     with make_stream() as one:
         images = listed(one, [20])
-        os.kill(one.producer_pids[0], signal.SIGKILL)
+        os.kill(*producers_of(one), signal.SIGKILL)
         images += listed(one, [40])
     assert images == undisturbed_on_the_cpu([60])
     assert called(machine, "register", "unregister") == ["register", "register", "unregister"]
@@ -351,7 +353,7 @@ def test_a_slot_is_published_once_its_event_is_true_and_until_then_it_is_polled_
     ours, theirs = socket.socketpair()
     emitted = Emitted()
     ring.issue(make_planner(8).batch(0, make_planner(8).uniform()))
-    thread = threading.Thread(target=serve, args=(ring, None, theirs, lambda: Emitting(emitted)))
+    thread = threading.Thread(target=serve, args=(ring, None, theirs, lambda: Emitting(emitted)), daemon=True)
     thread.start()
     until(lambda: emitted.polls > 3)
     beat = ring.last_beat_ns
@@ -414,7 +416,7 @@ def test_gpus_are_dealt_out_to_producers_in_turn_before_anything_is_imported(mac
     on("cuda", "cpu")
     with make_stream(producers=3, devices=[1, f"GPU-{UUIDS[0]}"]) as one:
         one.take(8)
-        found = [environment_of(pid) for pid in one.producer_pids]
+        found = [environment_of(pid) for pid in producers_of(one, 3)]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["1", "0", "1"]
     assert {each["CUDA_MPS_CLIENT_PRIORITY"] for each in found} == {"1"}
 
@@ -425,7 +427,7 @@ def test_gpus_are_counted_as_the_trainer_sees_them(machine, on, monkeypatch):
     on("cuda", "cpu")
     with make_stream(devices=[0]) as one:
         one.take(8)
-        assert environment_of(one.producer_pids[0])["CUDA_VISIBLE_DEVICES"] == "2"
+        assert environment_of(*producers_of(one))["CUDA_VISIBLE_DEVICES"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -471,9 +473,10 @@ def test_producers_that_see_a_gpu_are_never_copies(device, machine, on):
     on(device, "cpu")
     with pytest.raises(UsageError, match="a copied process cannot use a GPU safely"):
         make_stream(start_method="forkserver")
+    others = set(children())
     with make_stream() as one:
         one.take(8)
-        assert one.producer_pids == children()
+        assert set(producers_of(one)) == set(children()) - others
 
 
 def test_more_gpus_than_producers_is_said(machine, caplog):
@@ -486,7 +489,7 @@ def test_a_producer_runs_on_a_stream_of_the_least_priority_and_a_trainer_may_tak
     on("cuda", "cpu")
     with make_stream() as one:
         one.take(8)
-        (pid,) = one.producer_pids
+        (pid,) = producers_of(one)
     with cuda.foreground("cuda:0"):
         pass
     assert [(who, argument) for who, name, argument in calls(machine) if name == "stream"] == [

@@ -117,12 +117,13 @@ class Fleet:
             if isinstance(error, OSError):
                 raise StreamaugError(f"the ring cannot be made: {error.strerror} (see ulimit -n)") from None
             raise
+        self._keeper = keeper  # first: an interruption while its thread starts must not have another one begun
         try:
             keeper.start()
         except RuntimeError as error:
+            self._keeper = None
             self.release()
             raise StreamaugError(f"producers cannot be watched: {error} (see ulimit -u)") from None
-        self._keeper = keeper
 
     def issue(self, at: int, order: OrderBatch, judge_post: int) -> int:
         """Write an order into ring `at` and wake its producer; returns the order's number there."""
