@@ -52,12 +52,12 @@ class _Arm:
 
 def smoke_config(config: Config) -> Config:
     """The same chain with everything small: does it run?"""
-    prior = config.prior and config.prior.model_copy(update={"steps": 60})
+    prior = config.prior and config.prior.model_copy(update={"steps": 40})
     return config.model_copy(
         update={
             "prior": prior,
             "judge": config.judge.model_copy(update={"steps": 60}),
-            "train": config.train.model_copy(update={"steps": 40}),
+            "train": config.train.model_copy(update={"steps": 20}),
             "demo": config.demo.model_copy(update={"seeds": 2}),
         }
     )
