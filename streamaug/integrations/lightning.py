@@ -29,8 +29,10 @@ class StreamCallback(pl.Callback):
 
         trainer = Trainer(callbacks=[StreamCallback()])
 
-    Without it a run in one process works and resumes; the callback adds:
+    Without it a run in one process trains; the callback adds:
 
+    - resuming: Lightning alone restores a loader inside an epoch only, and not where `configure_optimizers` asks for
+      `trainer.estimated_stepping_batches`, which makes the loader before the checkpoint is read;
     - several ranks: the real DataLoader gets its DistributedSampler, as a bare one would, and checkpoints hold every
       rank's state, which another number of ranks can load;
     - any_ranks=True: one process shuffles as several do, by a DistributedSampler, so that several can resume what it

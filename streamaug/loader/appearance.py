@@ -78,8 +78,8 @@ def check(real: Appearance, synthetic: Appearance, from_dataset: bool) -> None:
             "shape",
             real,
             synthetic,
-            "set data.image_size and data.channels of the stream's configuration, or pass transform= (uint8 "
-            f"tensor [C, H, W] -> {list(real.shape)})",
+            f"{_settings_for(real.shape)} of the stream's configuration, or pass transform= (uint8 tensor [C, H, W] -> "
+            f"{list(real.shape)})",
         )
     if real.dtype != synthetic.dtype:
         _refuse("dtype", real, synthetic, "pass transform= returning the real dtype, or transform=None")
@@ -91,6 +91,13 @@ def check(real: Appearance, synthetic: Appearance, from_dataset: bool) -> None:
     synthetic_unit = synthetic.low >= -0.05 and synthetic.high <= 1.05
     if not inside or real.span < 0.1 * synthetic.span or (unit and not synthetic_unit):
         _refuse("range", real, synthetic, _RANGE_FIXES.get(real.scale, _RANGE_FIXES["unknown"]))
+
+
+def _settings_for(shape: tuple[int, ...]) -> str:
+    """Which settings make images of this shape, with their values where they can."""
+    if len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]:
+        return f"set data.image_size: {shape[1]} and data.channels: {shape[0]}"
+    return "set data.image_size and data.channels"
 
 
 _RANGE_FIXES = {

@@ -20,9 +20,8 @@ def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> Any:
 
 def check_stream(stream: Any) -> None:
     if not hasattr(stream, "take"):
-        raise UsageError(
-            f"StreamLoader(real_loader, stream): the second argument is a Stream, got a {type(stream).__name__}"
-        )
+        got = f"{stream!r}: Stream.from_config({stream!r})" if isinstance(stream, str) else f"a {type(stream).__name__}"
+        raise UsageError(f"StreamLoader(real_loader, stream): the second argument is a Stream, got {got}")
 
 
 def check_transforms(transform: Any, batch_transform: Any) -> None:

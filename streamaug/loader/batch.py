@@ -249,6 +249,10 @@ def _conversion(fields: Mapping[Key, Any]) -> str:
         return " (tensors inside a list or tuple: let the collate_fn give each its own field)"
     if any(isinstance(value, np.ndarray) for value in fields.values()):
         return " (arrays: torch.from_numpy in the collate_fn)"
+    if any(isinstance(value, list | tuple) and value and isinstance(value[0], str) for value in fields.values()):
+        return (
+            " (class names or other text: let the dataset return the number of the class, as classes.index(name) does)"
+        )
     if any(isinstance(value, list | tuple) for value in fields.values()):
         return ' (lists: torch.tensor in the collate_fn; Hugging Face datasets: with_format("torch"))'
     return ""

@@ -12,10 +12,10 @@ from streamaug.errors import MismatchError, UsageError
 from streamaug.loader import batch as batches
 from streamaug.loader.batch import Key, Layout
 from streamaug.loader.interleave import places
-from streamaug.loader.labels import Labels, class_names_of, find_attribute
+from streamaug.loader.labels import Labels, check_target_transform, class_names_of, find_attribute
 from streamaug.loader.likeness import Likeness
 from streamaug.loader.stats import LoaderStats
-from streamaug.loader.transforms import Converter, Normalize
+from streamaug.loader.transforms import Converter, Normalize, transform_by_another_name
 
 if TYPE_CHECKING:
     from streamaug.stream.batch import SynthBatch
@@ -76,6 +76,8 @@ class Composer:
                 "leave them out of the batch"
             )
         rows = layout.rows(batch)
+        if self.options.classes is None:
+            check_target_transform(dataset)
         self.labels = Labels(self.stream.class_names, self.options.classes or class_names_of(dataset))
         self.labels.check(rows[layout.label_key])
         transform: Any = self.options.transform
@@ -83,12 +85,25 @@ class Composer:
         if from_dataset:
             transform = None if self.options.batch_transform else find_attribute(dataset, "transform")
             if transform is None and not self.options.batch_transform and dataset is not None:
-                logger.info(
-                    "the real dataset has no `transform` that holds for all its images: synthetic ones are converted "
-                    "and not augmented; transform= or batch_transform= does that"
-                )
+                self._say_no_transform(dataset)
         self.converter = make_converter(rows[layout.image_key], transform, from_dataset and transform is not None)
         self._say_copies(rows[layout.image_key].device)
+
+    def _say_no_transform(self, dataset: Any) -> None:
+        """A warning where the dataset has a transform under another name, which synthetic images do not go through."""
+        name = transform_by_another_name(dataset)
+        if name is None:
+            logger.info(
+                "the real dataset has no `transform` that holds for all its images: synthetic ones are converted and "
+                "not augmented; transform= or batch_transform= does that"
+            )
+        else:
+            logger.warning(
+                "synthetic images are converted and not augmented: the real dataset has no `transform`, but %s, which "
+                "they do not go through. Call the attribute `transform`, or pass transform= (a function of a uint8 "
+                "tensor [C, H, W]; None says that this is meant)",
+                name,
+            )
 
     def real_only(self, batch: Any, count: int) -> Any:
         self.stats.real += count

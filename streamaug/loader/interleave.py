@@ -85,19 +85,17 @@ def deferred_length(rows: int, size: int, debt: Fraction, ratio_at: Callable[[in
     return batches
 
 
-def say_resolution(ratio: Fraction, total: int, debt: Fraction) -> None:
+def say_resolution(ratio: Fraction, total: int) -> None:
     """Log it where a delivered batch of `total` images has less than one synthetic image's worth of the ratio."""
     asked = ratio * total
     if 0 < asked < 1:
         logger.warning(
             "ratio %g of a batch of %d images is %.3g of a synthetic image: one comes every %.3g batches. The "
-            "remainder is carried (%.3g after this batch), so that the share is exact over time; larger batches spread "
-            "it evenly",
+            "share is exact over time, and larger batches spread it evenly",
             float(ratio),
             total,
             float(asked),
             float(1 / asked),
-            float(debt),
         )
 
 

@@ -112,6 +112,26 @@ def integers(labels: torch.Tensor, classes: int) -> torch.Tensor:
     return labels[:, 0] if is_column(labels, classes) else labels.argmax(1)
 
 
+def check_target_transform(dataset: Any) -> None:
+    """Raise MismatchError where a dataset's `target_transform` takes its labels away from its own class names."""
+    names, change = class_names_of(dataset), find_attribute(dataset, "target_transform")
+    if not names or not callable(change):
+        return
+    try:
+        made = [torch.as_tensor(change(label)) for label in range(len(names))]
+        labels = [int(one.argmax() if one.ndim else one) for one in made]
+    except Exception:  # a user's function raises what it likes for a label that no image has
+        return
+    if labels != list(range(len(names))):
+        raise MismatchError(
+            "the real dataset's target_transform changes its labels, so that they no longer number its classes:\n"
+            f"  classes: {_listed(names)}\n"
+            f"  labels:  {_listed(list(map(str, labels)))}\n"
+            "where it puts them in another order, say StreamLoader(..., classes=[names in the order of the real "
+            "labels]); where it joins classes, give the stream's configuration (data:) the joined ones, and classes="
+        )
+
+
 def find_attribute(dataset: Any, name: str) -> Any:
     """The attribute of a dataset, or of the one that a Subset or similar wrapper holds, or that all datasets of a
     ConcatDataset have in common; else None."""

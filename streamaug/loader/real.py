@@ -18,6 +18,8 @@ from streamaug.loader.order import accelerated, described, images_per_batch, ord
 
 logger = logging.getLogger("streamaug")
 
+_LONG_RESUME = 5.0  # seconds of reading again from which a resume is worth a warning
+
 RandomState = dict[str, torch.Tensor]
 
 
@@ -152,13 +154,15 @@ class RealEpochs:
         batches = iter(self.loader)
         for _ in range(count):
             next(batches, None)
-        logger.warning(
-            "resumed in mid-epoch by reading %d batches again, which took %.1f s; %s",
+        seconds = time.perf_counter() - began
+        logger.log(
+            logging.WARNING if seconds > _LONG_RESUME else logging.INFO,
+            "resumed in mid-epoch by reading the first %d batches of the epoch again, which took %.1f s; %s",
             count,
-            time.perf_counter() - began,
-            "after a resume by as many ranks as before it will not be needed"
+            seconds,
+            "a resume by as many ranks as before does not need it"
             if self.has_state
-            else "torchdata's StatefulDataLoader in place of DataLoader resumes without",
+            else "with torchdata's StatefulDataLoader in place of DataLoader they are not read again",
         )
         return batches
 

@@ -146,6 +146,11 @@ class StreamLoader:
             arguments.check_synthetic_only(ratio is not None, epoch_steps, self._size, stream.config)
         else:
             arguments.check_real_loader(real_loader)
+            if isinstance(real_loader, StreamLoader):
+                logger.warning(
+                    "the loader is a StreamLoader already: both ratios apply, one upon the other. Where that is not "
+                    "meant (a cell of a notebook that ran twice), make the DataLoader anew, or wrap loader.real_loader"
+                )
             arguments.check_mixed(
                 mode=self.mode,
                 displaced=self.displaced,
@@ -378,7 +383,7 @@ class StreamLoader:
             self._resolution_said = True
             ratio = self._shares.at(self._step)
             total = count if self.mode == "replace" and self._deferred is None else count + planned
-            say_resolution(ratio, total, self._share.debt)
+            say_resolution(ratio, total)
 
     def _compose(self, batch: Any, count: int, planned: int, total: int | None) -> Any:
         """`count` real images with `planned` synthetic ones: `total` in all, or added where it is None."""

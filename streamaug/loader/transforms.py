@@ -20,6 +20,14 @@ from streamaug.loader.interleave import batch_seed, image_seeds
 
 Normalize = tuple[Sequence[float], Sequence[float]]
 
+_TRANSFORM_MODULES = (
+    "torchvision.transforms",
+    "albumentations",
+    "kornia.augmentation",
+    "monai.transforms",
+    "timm.data",
+)
+
 
 class Converter:
     """uint8 synthetic images [n, C, H, W] to the real batch's dtype, shape, range, device and layout.
@@ -190,6 +198,20 @@ class Converter:
             + "\n".join(refusals)
             + f"\npass StreamLoader(..., transform=f) with f: uint8 tensor [C, H, W] -> {wanted}"
         )
+
+
+def transform_by_another_name(dataset: Any) -> str | None:
+    """Where a dataset, or one that it wraps, keeps a transform that is not called so: "an attribute `aug`"."""
+    seen: list[Any] = []
+    while dataset is not None and not any(dataset is other for other in seen):
+        seen.append(dataset)
+        if isinstance(form := getattr(dataset, "format", None), dict) and form.get("type") == "custom":
+            return "a function given to set_transform"  # Hugging Face datasets
+        for name, value in getattr(dataset, "__dict__", {}).items():
+            if name != "target_transform" and type(value).__module__.startswith(_TRANSFORM_MODULES):
+                return f"an attribute `{name}`"
+        dataset = getattr(dataset, "dataset", None)
+    return None
 
 
 def _on_cpu(images: np.ndarray | torch.Tensor) -> np.ndarray:

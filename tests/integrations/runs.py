@@ -185,6 +185,7 @@ def lightning_run(
     shuffle: bool = True,
     mode: str = "replace",
     displaced: str = "drop",
+    scheduled: bool = False,
     **options: Any,
 ) -> Delivered:
     import lightning.pytorch as pl
@@ -210,6 +211,8 @@ def lightning_run(
             self.classifier(batch[0])
 
         def configure_optimizers(self):
+            if scheduled:  # the length of a learning-rate schedule, for which Lightning makes the loader early
+                assert self.trainer.estimated_stepping_batches == EPOCHS * -(-COUNT // BATCH)
             return torch.optim.SGD(self.parameters(), 0.1)
 
     class Data(pl.LightningDataModule):

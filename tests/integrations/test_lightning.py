@@ -40,10 +40,11 @@ def test_overfit_batches_repeats_the_same_real_images(tmp_path):
             assert {index for index in indices if index >= 0} <= set(range(base, base + BATCH))
 
 
-def test_a_checkpoint_of_any_step_is_resumed_with_the_next_batch(tmp_path):
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_checkpoint_of_any_step_is_resumed_with_the_next_batch(tmp_path, scheduled):
     whole = run(tmp_path, every=1)
     for step in (2, BATCHES, BATCHES + 1):
-        assert run(tmp_path, resume=f"step={step}.ckpt") == whole[step:], step
+        assert run(tmp_path, resume=f"step={step}.ckpt", scheduled=scheduled) == whole[step:], step
 
 
 class Module(pl.LightningModule):

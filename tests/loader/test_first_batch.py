@@ -16,7 +16,7 @@ from streamaug.loader.appearance import Appearance
 from streamaug.loader.likeness import ENOUGH, Likeness
 from streamaug.loader.transforms import Converter
 
-from .fakes import FakeStream, Images, real_loader
+from .fakes import DIGITS, FakeStream, Images, real_loader
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -56,6 +56,33 @@ def test_both_sides_of_a_range_mismatch_carry_mean_deviation_and_scale_and_the_s
     assert title == "real and synthetic images differ in range:"
     assert "std" in ours and ours.endswith("(normalised)") and theirs.endswith("(0 to 1)")
     assert "normalize=(mean, std)" in fix
+
+
+def test_a_target_transform_that_changes_labels_is_refused_unless_the_classes_are_given():
+    real = Images()
+    real.classes = DIGITS
+
+    def first(**options):
+        return next(iter(StreamLoader(DataLoader(real, batch_size=8), FakeStream(), 0.5, with_ids=True, **options)))
+
+    for harmless in (int, lambda label: torch.nn.functional.one_hot(torch.tensor(label), 10), {}.__getitem__):
+        real.target_transform = harmless
+        first()
+    real.target_transform = lambda label: 9 - label
+    with pytest.raises(MismatchError, match=r"target_transform changes its labels(?s:.*)9, 8, 7(?s:.*)classes="):
+        first()
+    _, labels, ids = first(classes=DIGITS[::-1])
+    _, straight, _ = first(classes=DIGITS)
+    assert torch.equal(labels[ids >= 0], 9 - straight[ids >= 0])
+
+
+def test_another_size_is_refused_with_the_settings_that_make_it():
+    real = [(torch.rand(8, 3, 12, 12), torch.arange(8))]
+    with pytest.raises(MismatchError, match=r"set data\.image_size: 12 and data\.channels: 3 of the stream's"):
+        next(iter(StreamLoader(real, FakeStream(), 0.5)))
+    wide = [(torch.rand(8, 3, 12, 16), torch.arange(8))]
+    with pytest.raises(MismatchError, match=r"set data\.image_size and data\.channels of the stream's"):
+        next(iter(StreamLoader(wide, FakeStream(), 0.5)))
 
 
 def test_another_layout_is_named_and_the_transform_that_is_proposed_works():

@@ -11,6 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from streamaug.errors import StateError
 from streamaug.loader import StreamLoader
+from streamaug.loader import real as real_module
 
 from .fakes import FakeStream, listed, real_loader
 
@@ -112,15 +113,19 @@ def test_a_run_interrupted_at_any_step_of_two_epochs_delivers_what_the_uninterru
         assert interrupted(stop, epochs=2, **options) == whole, stop
 
 
-def test_a_plain_loader_says_what_its_resume_costs(caplog):
+@pytest.mark.parametrize(("long", "level"), [(0.0, "WARNING"), (60.0, "INFO")])
+def test_a_plain_loader_says_what_its_resume_costs_and_warns_where_it_is_long(long, level, caplog, monkeypatch):
+    monkeypatch.setattr(real_module, "_LONG_RESUME", long)
     run = Run()
     next(run.batches(1))
     state = run.loader.state_dict()
     fresh = Run()
     fresh.loader.load_state_dict(state)
-    with caplog.at_level(logging.WARNING, logger="streamaug"):
+    with caplog.at_level(logging.INFO, logger="streamaug"):
         next(iter(fresh.loader))
-    assert re.search(r"reading 1 batches again, which took \d+\.\d s; torchdata's StatefulDataLoader", caplog.text)
+    (record,) = (record for record in caplog.records if "resumed in mid-epoch" in record.message)
+    assert record.levelname == level
+    assert re.search(r"first 1 batches .* again, which took \d+\.\d s; with torchdata's Stateful", record.message)
 
 
 def test_a_stateful_loader_resumes_without_reading_again(caplog):

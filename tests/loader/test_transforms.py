@@ -65,6 +65,27 @@ def test_the_transform_of_concatenated_datasets_is_used_where_it_is_one(same, ca
         assert "the real dataset has no `transform` that holds for all its images" in caplog.text
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_transform_that_the_dataset_calls_otherwise_is_named_in_a_warning(wrapped, caplog):
+    dataset = Images()
+    dataset.target_transform = v2.Lambda(int)
+    real = DataLoader(Subset(dataset, range(24)) if wrapped else dataset, batch_size=8)
+    next(iter(StreamLoader(real, FakeStream(), 0.5)))
+    assert caplog.text == ""
+    dataset.augment = v2.RandomHorizontalFlip()
+    next(iter(StreamLoader(real, FakeStream(), 0.5, transform=None)))
+    assert caplog.text == ""
+    next(iter(StreamLoader(real, FakeStream(), 0.5)))
+    assert "has no `transform`, but an attribute `augment`" in caplog.text
+
+
+def test_a_function_given_to_set_transform_is_named_in_a_warning(caplog):
+    dataset = Images()
+    dataset.format = {"type": "custom"}  # as datasets.Dataset.format
+    next(iter(StreamLoader(DataLoader(dataset, batch_size=8), FakeStream(), 0.5)))
+    assert "has no `transform`, but a function given to set_transform" in caplog.text
+
+
 def test_grey_images_are_handed_to_the_transform_as_grey_pil_images():
     modes = []
 

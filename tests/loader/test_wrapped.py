@@ -222,6 +222,18 @@ def test_single_samples_and_arrays_are_refused_with_what_would_work():
     lists = [(torch.rand(8, 1, 8, 8), list(range(8)))]
     with pytest.raises(MismatchError, match=r"a batch without labels .*torch\.tensor in the collate_fn"):
         list(StreamLoader(lists, FakeStream(), ratio=0.5))
+    named = [(torch.rand(8, 1, 8, 8), ["cat"] * 8)]
+    with pytest.raises(MismatchError, match=r"a batch without labels .*classes\.index\(name\)"):
+        list(StreamLoader(named, FakeStream(), ratio=0.5))
+    with pytest.raises(UsageError, match=r"is a Stream, got 'digits': Stream\.from_config\('digits'\)"):
+        StreamLoader(real_loader(), "digits")
+
+
+def test_a_loader_that_is_wrapped_twice_is_said(caplog):
+    once = StreamLoader(real_loader(), FakeStream(), ratio=0.5)
+    assert caplog.text == ""
+    StreamLoader(once, FakeStream(), ratio=0.5)
+    assert "is a StreamLoader already: both ratios apply" in caplog.text
 
 
 def test_a_batch_too_small_for_the_ratio_is_said_once_with_the_remainder(caplog):
@@ -229,7 +241,7 @@ def test_a_batch_too_small_for_the_ratio_is_said_once_with_the_remainder(caplog)
     made = [int((ids >= 0).sum()) for _ in range(2) for _, _, ids in loader]
     assert sum(made) == 8 and set(made) == {0, 1}
     assert caplog.text.count("ratio 0.1 of a batch of 4 images is 0.4 of a synthetic image") == 1
-    assert "one comes every 2.5 batches" in caplog.text and "carried (0.4 after this batch)" in caplog.text
+    assert "one comes every 2.5 batches" in caplog.text
     caplog.clear()
     list(StreamLoader(real_loader(), FakeStream(), ratio=0.15))
     assert caplog.text == ""
