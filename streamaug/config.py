@@ -8,7 +8,7 @@ import importlib.resources
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -41,6 +41,7 @@ ConfigPath = Annotated[Path, BeforeValidator(_expand_path)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
+Overrides = Sequence[str] | Mapping[str, Any]
 
 
 class Section(BaseModel):
@@ -472,17 +473,18 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
 
 
-def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | os.PathLike, overrides: Overrides = ()) -> Config:
     """Read a YAML file, or the name of a bundled configuration ("digits"), into a `Config`.
 
-    `overrides` are "a.b=value" strings (the value is YAML; lists are indexed by number), applied after the file.
+    `overrides` are "a.b=value" strings (the value is YAML; lists are indexed by number), or a mapping of such keys to
+    values, applied after the file.
     Raises ConfigError, whose message carries the file and the key's path, on anything that cannot be used.
     """
     text, where = _read(path)
     return parse(text, where, overrides)
 
 
-def parse(text: str, where: str = "<string>", overrides: Sequence[str] = ()) -> Config:
+def parse(text: str, where: str = "<string>", overrides: Overrides = ()) -> Config:
     """Like `load`, from the YAML text itself; `where` is how messages name it."""
     values = _plain_yaml(text, where)
     if values is None:
@@ -491,8 +493,8 @@ def parse(text: str, where: str = "<string>", overrides: Sequence[str] = ()) -> 
         raise ConfigError(
             f"{where}: expected sections (data:, model:, ...), found a {type(values).__name__}: {str(values)[:60]!r}"
         )
-    for override in overrides:
-        _apply(values, override)
+    for override, key, value in _each(overrides):
+        _apply(values, override, key, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -506,6 +508,11 @@ def bundled() -> list[str]:
 
 
 def _read(path: str | os.PathLike) -> tuple[str, str]:
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"a configuration is a YAML file or a bundled name ({', '.join(bundled())}), got a {type(path).__name__}; "
+            'single settings go into overrides: {"data.root": "images"}'
+        )
     file = Path(path)
     try:
         if not file.exists() and str(path) in bundled():
@@ -556,11 +563,21 @@ def _line(error: yaml.YAMLError) -> str:
     return f" (line {mark.line + 1})" if mark else ""
 
 
-def _apply(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {override}: expected key=value, such as loader.ratio=0.25")
-    value = _plain_yaml(text, f"--set {override}")
+def _each(overrides: Overrides) -> Iterator[tuple[str, str, Any]]:
+    """How messages name it, its key and its value. Raises ConfigError."""
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides: a list of such strings, or a mapping, is expected: [{overrides!r}]")
+    if isinstance(overrides, Mapping):
+        yield from ((f"{key}={value}", str(key), value) for key, value in overrides.items())
+        return
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {override}: expected key=value, such as loader.ratio=0.25")
+        yield override, key, _plain_yaml(text, f"--set {override}")
+
+
+def _apply(values: dict, override: str, key: str, value: Any) -> None:
     *parents, last = key.strip().split(".")
     node: Any = values
     for part in parents:

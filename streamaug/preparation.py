@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from streamaug.bank import LatentBank
 from streamaug.bank.neighbours import nearest_rows
@@ -24,7 +26,7 @@ from streamaug.fits import check_model, check_recipes, check_without_images
 from streamaug.generator import check_writable, find_model, find_prompts
 from streamaug.inverting import find_bank
 from streamaug.orders import Planner, Schedule
-from streamaug.progress import Progress, Silent
+from streamaug.progress import Logged, Progress, Silent
 from streamaug.sampling import cascade
 from streamaug.sampling.conditioning import wordings
 from streamaug.sampling.denoisers import ModelInfo
@@ -165,9 +167,25 @@ def prepare(
 
 
 def prepare_in_turn(config: Config) -> Prepared:
-    """`prepare`, one process at a time for one configuration and cache: the first makes what the others then find."""
+    """`prepare`, one process at a time for one configuration and cache: the first makes what the others then find.
+
+    For scripts: what takes long is said in the log.
+    """
     with _turn(config):
-        return prepare(config)
+        return prepare(config, progress=Logged(f" (once: it is kept in {config.cache})"))
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Within it global generators may be drawn from; after it they are as before, so that the one changed line of a
+    script gives its model no other initial weights."""
+    plain, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if torch.cuda.is_initialized() and device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpys)
 
 
 @contextmanager

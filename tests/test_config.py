@@ -84,6 +84,21 @@ def test_an_unusable_override_is_named(override):
     assert f"--set {override}" in refusal("prior: {}\nrecipes: [{kind: noise}]", override)
 
 
+def test_overrides_may_be_a_mapping_and_are_no_string(tmp_path):
+    root = tmp_path / "a=b: [c"
+    config = load("folder", {"data.root": root, "loader.ratio": 0.25, "recipes.0.weight": 2})
+    assert (config.data.root, config.loader.ratio, config.recipes[0].weight) == (root, 0.25, 2)
+    with pytest.raises(ConfigError, match=r"data.rot"):
+        load("folder", {"data.rot": "x"})
+    with pytest.raises(ConfigError, match=r"a list of such strings, or a mapping, is expected: \['data.root=x'\]"):
+        load("folder", "data.root=x")
+
+
+def test_settings_in_the_place_of_a_file_are_told_where_they_go():
+    with pytest.raises(ConfigError, match=r"a YAML file or a bundled name .*got a dict; single settings go into overr"):
+        load({"data.root": "x"})
+
+
 def test_a_missing_file_names_its_neighbour(tmp_path):
     (tmp_path / "digits.yaml").write_text(MINIMAL)
     with pytest.raises(ConfigError, match=r"no such file \(did you mean 'digits.yaml'\?\)"):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from streamaug.config import load
 from streamaug.errors import BankError, ConfigError, MismatchError, ModelError, UsageError
 from streamaug.filtering.judge import pack_state
 from streamaug.preparation import prepare
+from streamaug.progress import Logged
 from streamaug.sampling import denoisers
 from streamaug.sampling.denoisers import LoadSettings, inspect
+from streamaug.stream import Stream
 
 
 class Phases:
@@ -54,6 +58,42 @@ def test_a_second_call_trains_and_writes_nothing(prepared, small_overrides, cach
     assert written() == before
     assert np.array_equal(again.judge_state, prepared.judge_state)
     assert again.planner.digest() == prepared.planner.digest()
+
+
+def test_the_changed_line_leaves_every_global_random_state_as_it_was(prepared, small_overrides):
+    def draws():
+        return torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]
+
+    def seed():
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+
+    seed()
+    expected = draws()
+    seed()
+    with Stream.from_config("digits", small_overrides) as stream:
+        assert draws() == expected
+        assert repr(stream) == "<Stream of 10 classes, images 1x8x8, rank 0 of 1: not started>"
+    assert repr(stream).endswith(": closed>")
+
+
+def test_a_script_is_told_how_long_preparing_takes_and_where_it_is_kept(monkeypatch, caplog):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = Logged(" (kept in /cache)")
+    progress.phase("loading images")
+    progress.advance()
+    progress.phase("training the prior", 3000)
+    for now in range(1, 31):  # noqa: B007
+        progress.advance(100)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "preparing the stream: training the prior: 500/3,000 (17%), 25 s left (kept in /cache)",
+        ),
+        ("WARNING", "preparing the stream: training the prior: 2,000/3,000 (67%), 10 s left"),
+    ]
 
 
 def test_another_seed_draws_other_images_and_other_orders(prepared, small_overrides):

@@ -16,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from streamaug.progress import clock
+
 PLAIN_INTERVAL_SECONDS = 5.0
 LIVE_REFRESHES_PER_SECOND = 4
 
@@ -169,14 +171,14 @@ class PlainView(_View):
             self._line(" | ".join([f"{self._name}: {self._progress()}", *self._words()]))
 
     def _phase_ended(self, name: str, how: str, seconds: float) -> None:
-        self._line(" | ".join([f"{name}: {how} after {_clock(seconds)}", *self._words()]))
+        self._line(" | ".join([f"{name}: {how} after {clock(seconds)}", *self._words()]))
 
     def _progress(self) -> str:
         if not self._total:
             return f"{self._done:,}" if self._done else "going on"
         left = self._seconds_left()
         share = f"{self._done:,}/{self._total:,} ({self._done / self._total:.0%})"
-        return share if left is None else f"{share}, {_clock(left)} left"
+        return share if left is None else f"{share}, {clock(left)} left"
 
     def _words(self) -> list[str]:
         return [f"{label} {value}" for label, value in self._shown_figures(only_moved=True)]
@@ -222,7 +224,7 @@ class RichView(_View):
 
     def _phase_ended(self, name: str, how: str, seconds: float) -> None:
         mark = ("✓", "green") if how == "done" else ("✗", "red")
-        end = _clock(seconds) if how == "done" else f"{how} after {_clock(seconds)}"
+        end = clock(seconds) if how == "done" else f"{how} after {clock(seconds)}"
         line = Text.assemble(mark, " ", _drawable(name), (f"  {end}", "dim"), overflow="ellipsis")
         self._console.print(line, no_wrap=True)
 
@@ -234,7 +236,7 @@ class RichView(_View):
         if self._total:
             left = self._seconds_left()
             words = f" {self._done:,}/{self._total:,}"
-            words += "" if left is None else f"  {_clock(left)} left"
+            words += "" if left is None else f"  {clock(left)} left"
             bar = max(min(40, width - len(words)), 1)
             row = Table.grid(padding=0)
             row.add_row(
@@ -244,7 +246,7 @@ class RichView(_View):
             parts.append(row)
         else:
             elapsed = time.monotonic() - self._phase_began
-            parts.append(Text(_clock(elapsed) + (f"  {self._done:,}" if self._done else ""), style="dim"))
+            parts.append(Text(clock(elapsed) + (f"  {self._done:,}" if self._done else ""), style="dim"))
         figures = self._shown_figures()
         if figures:
             parts.append(self._table(figures, 2 if width >= 72 else 1))
@@ -268,16 +270,3 @@ class RichView(_View):
 def _drawable(text: str) -> str:
     """The text without what UTF-8 cannot hold, such as the undecodable bytes of a file name."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _clock(seconds: float) -> str:
-    """4.2 s, 42 s, 3:07 min or 1:02:45 h."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02} min"
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"

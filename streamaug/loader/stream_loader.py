@@ -181,6 +181,12 @@ class StreamLoader:
 
     # What training scripts and frameworks read.
 
+    def __repr__(self) -> str:
+        if self._real is None:
+            return f"<StreamLoader of {self.epoch_steps} synthetic batches of {self._size} from {self.stream!r}>"
+        real = type(self.real_loader).__name__
+        return f"<StreamLoader of a {real} and {self.stream!r}, ratio {self.ratio}, mode {self.mode}>"
+
     @property
     def ratio(self) -> Ratio:
         return self._shares.ratio
@@ -445,7 +451,8 @@ class StreamLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, counted in batches yielded, with the real loader's state and the stream's.
 
-        The real part is exact for a plain DataLoader (fast-forwarded, its random state put back) and as exact
+        The real part is exact for a plain DataLoader (fast-forwarded, its random state put back; random transforms in
+        persistent workers, which PyTorch seeds only when they start, draw otherwise) and as exact
         as torchdata's own for a StatefulDataLoader, which forgets the position of a `generator=` given to it
         when the next epoch begins. It is exact for a DALI iterator whose pipeline has enable_checkpointing=True.
         Without, one with a fixed seed reads again all that was read before inside an epoch, one without raises

@@ -30,6 +30,7 @@ class Dispatch:
         """Write planned orders into the rings, as far as there are free slots."""
         self._note_times()
         self._discard_arrivals()
+        self._announce_drops()
         rings = self._fleet.rings
         for batch in self._plan.undelivered:
             if self._drop_to[batch.ring] <= batch.number < rings[batch.ring].issued:
@@ -102,9 +103,14 @@ class Dispatch:
         if current is not None:
             released[current.ring] = current.number + 1
         self._released, self._drop_to = released, drop_to  # at once, whatever interrupts
-        for at in range(len(rings)):
-            self._fleet.skip_to(at, drop_to[at])
+        self._announce_drops()
         self._posts.clear()
+
+    def _announce_drops(self) -> None:
+        """To producers; again, where a redirection was interrupted before all had been told."""
+        for at, ring in enumerate(self._fleet.rings):
+            if ring.skipping_to < self._drop_to[at]:
+                self._fleet.skip_to(at, self._drop_to[at])
 
     def queues(self) -> tuple[float, float]:
         """Shares of the orders in flight: not yet made, and made but not yet taken."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from streamaug.config import Config, LoaderConfig, StreamConfig
+from streamaug.config import Config, LoaderConfig, Overrides, StreamConfig
 from streamaug.errors import StreamaugError, UsageError
 from streamaug.orders import Planner
 from streamaug.stream import arrays
@@ -136,21 +136,24 @@ class Stream:
     def from_config(
         cls,
         config: str | os.PathLike | Config,
-        overrides: Sequence[str] = (),
+        overrides: Overrides = (),
         *,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> "Stream":
         """The stream that a configuration describes: a YAML file, a bundled name ("digits") or a `Config`.
 
-        `overrides` are "a.b=value" strings. Prepares what is missing (prior, bank, judge) before it returns; of several
-        ranks or processes that want the same, one does it and the others wait.
+        `overrides` are "a.b=value" strings, or a mapping of such keys to values. Prepares what is missing (prior, bank,
+        judge) before it returns; of several ranks or processes that want the same, one does it and the others wait.
+        Global random states (torch, NumPy, random) are afterwards what they were.
         """
         from streamaug.config import load
-        from streamaug.preparation import prepare_in_turn
+        from streamaug.engine import resolve_device
+        from streamaug.preparation import prepare_in_turn, random_state_kept
 
         resolved = config if isinstance(config, Config) else load(config, overrides)
-        return cls.from_prepared(prepare_in_turn(resolved), rank=rank, world_size=world_size)
+        with random_state_kept(resolve_device(resolved.model.device)):
+            return cls.from_prepared(prepare_in_turn(resolved), rank=rank, world_size=world_size)
 
     @classmethod
     def from_prepared(cls, prepared: "Prepared", *, rank: int | None = None, world_size: int | None = None) -> "Stream":
@@ -174,6 +177,12 @@ class Stream:
 
     def start(self) -> None:
         """Allocate the ring and start the producers, without waiting for them. `take` does it when needed."""
+        self._require_usable()
+        with self._taking:
+            self._require_no_take()
+            self._start()
+
+    def _start(self) -> None:
         self._require_usable()
         if not self._started:
             self._recorder.started()
@@ -200,7 +209,7 @@ class Stream:
                     self.close()
 
     def _take(self, n: int) -> SynthBatch:
-        self.start()
+        self._start()
         self._fleet.check()
         self._undo_interrupted(nothing_said=True)
         self._before = self._plan.position()
@@ -212,7 +221,8 @@ class Stream:
         return batch
 
     def _require_no_take(self) -> None:
-        """Another thread's has ended by the time `_taking` is had."""
+        """Another thread's has ended by the time `_taking` is had, and with it the stream may have."""
+        self._require_usable()
         if self._in_take.locked():
             raise UsageError(
                 "a signal handler that interrupts take may call state_dict and close; the rest is for when take has "
@@ -396,6 +406,7 @@ class Stream:
             self._closed_in_take = self._in_take.locked()  # by a signal handler: take still looks into the memory
             if self._closed_in_take:
                 return
+            self._fleet.stop()  # what a call of take had not got to start by then
             self._fleet.release()
             if self._manifest is not None:
                 self._manifest.close(self._position())
@@ -405,6 +416,13 @@ class Stream:
         raise StreamaugError(
             "a stream cannot be copied or pickled, its producers and memory belong to this process: make it where it "
             "is used, and keep `state_dict()` to go on elsewhere"
+        )
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        how = "closed" if self._fleet.closed else "running" if self._started else "not started"
+        return (
+            f"<Stream of {len(self.class_names)} classes, images {shape}, rank {self.rank} of {self.world_size}: {how}>"
         )
 
     def __enter__(self) -> "Stream":

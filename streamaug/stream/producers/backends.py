@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from streamaug.errors import StreamaugError
 from streamaug.stream.engine import Engine
 from streamaug.stream.producer import behind_the_trainer, build_engine, serve
 from streamaug.stream.producers.processes import Child, Output
@@ -231,12 +232,16 @@ class Program:
             self._child.kill()
 
     def stop(self) -> None:
-        deadline = time.monotonic() + _LEAVE_SECONDS
-        while self.alive() and time.monotonic() < deadline:
-            time.sleep(0.005)
+        self._await_end(_LEAVE_SECONDS)
         self.kill()
-        deadline = time.monotonic() + _DIE_SECONDS
-        while self.alive() and time.monotonic() < deadline:
+        self._await_end(_DIE_SECONDS)
+
+    def _await_end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, StreamaugError):  # what kept it from starting
+                if not self.alive():
+                    return
             time.sleep(0.005)
 
     def last_words(self) -> str:

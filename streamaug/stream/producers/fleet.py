@@ -104,26 +104,31 @@ class Fleet:
         if self._keeper is None:
             self._begin()
         assert self._keeper is not None
+        try:
+            self._keeper.start()
+        except RuntimeError as error:
+            self._keeper.release()
+            self._keeper = None
+            self.release()
+            raise StreamaugError(f"producers cannot be watched: {error} (see ulimit -u)") from None
         self._keeper.spawned.wait()
         self.check()
 
     def _begin(self) -> None:
+        """Allocate the rings. What was interrupted may be begun again."""
         self._require_memory()
         try:
             self._allocate()
-            keeper = Keeper(self.config, self._watches, self._producers_ended, self._gave_up)
-        except BaseException as error:
+            self._keeper = Keeper(self.config, self._watches, self._producers_ended, self._gave_up)
+        except OSError as error:
             self.release()
-            if isinstance(error, OSError):
-                raise StreamaugError(f"the ring cannot be made: {error.strerror} (see ulimit -n)") from None
+            raise StreamaugError(f"the ring cannot be made: {error.strerror} (see ulimit -n)") from None
+        except Exception:
+            self.release()
             raise
-        self._keeper = keeper  # first: an interruption while its thread starts must not have another one begun
-        try:
-            keeper.start()
-        except RuntimeError as error:
-            self._keeper = None
-            self.release()
-            raise StreamaugError(f"producers cannot be watched: {error} (see ulimit -u)") from None
+        except BaseException:
+            self._give_back()
+            raise
 
     def issue(self, at: int, order: OrderBatch, judge_post: int) -> int:
         """Write an order into ring `at` and wake its producer; returns the order's number there."""
@@ -178,10 +183,10 @@ class Fleet:
 
     def close(self) -> None:
         """End all producers and give the memory back."""
-        if self._is_own_thread():  # garbage collection may strike on any thread
-            self._closed = self._release_in_keeper = True
-            if self._keeper is not None:
-                self._keeper.leave()
+        keeper = self._keeper
+        if keeper is not None and self._is_own_thread() and not keeper.has_ended:
+            self._closed = self._release_in_keeper = True  # garbage collection may strike on any thread
+            keeper.leave()
         elif os.getpid() == self._owner:
             self.stop()
             self.release()
@@ -205,9 +210,12 @@ class Fleet:
             self._sharing.withdraw()
 
     def release(self) -> None:
-        self.sharers()
         if self._sharing is not None:
             self._sharing.withdraw()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self.sharers()
         for watch in self._watches:
             watch.lane.close()
         self._watches.clear()
@@ -234,26 +242,28 @@ class Fleet:
             self.mailboxes = Mailboxes(self._mailboxes_memory, *self._mailboxes_shape)
             self.mailboxes.clear()
         if self._meeting is not None:
-            self._sharing = Sharing(self._meeting, self.config)
+            # Where it was interrupted, the others may have found it since.
+            self._sharing = self._sharing or Sharing(self._meeting, self.config)
+            self._sharing.meet()
         for at in range(self.config.producers):
-            lane, work = self._new_lane(), self.placement.work(self.work, at)
-            if self._sharing is not None:
-                producer: Producer = self._sharing.producer(lane, work, at)
-            else:
-                producer = _BACKENDS[self.backend](lane, work)
-            self._watches.append(Watch(producer, lane))
+            with contextlib.ExitStack() as undo:
+                lane, work = self._new_lane(undo), self.placement.work(self.work, at)
+                if self._sharing is not None:
+                    producer: Producer = self._sharing.producer(lane, work, at)
+                else:
+                    producer = _BACKENDS[self.backend](lane, work)
+                self._watches.append(Watch(producer, lane))
+                undo.pop_all()
 
-    def _new_lane(self) -> Lane:
-        with contextlib.ExitStack() as undo:
-            block = Memory.create(self.placement.host, self.layout.nbytes, huge_pages=self.config.huge_pages)
-            undo.callback(block.close)
-            images = self.placement.images(block)
-            if images is not None:
-                undo.callback(images.close)
-            ring = Ring(block, self.layout)
-            ring.place(images)
-            ours, theirs = socket.socketpair()
-            undo.pop_all()
+    def _new_lane(self, undo: contextlib.ExitStack) -> Lane:
+        block = Memory.create(self.placement.host, self.layout.nbytes, huge_pages=self.config.huge_pages)
+        undo.callback(block.close)
+        images = self.placement.images(block)
+        if images is not None:
+            undo.callback(images.close)
+        ring = Ring(block, self.layout)
+        ring.place(images)
+        ours, theirs = socket.socketpair()
         if self.config.huge_pages and not block.huge_pages and not self._watches:
             log.warning("stream.huge_pages: %s", memory.why_no_huge_pages(self.placement.host))
         return Lane(

@@ -166,9 +166,9 @@ class Host:
         ends = self._ends()
         self._failure = Failure.of(error, next((end.k for end in ends if end.k is not None), None))
         self._maker = None
-        for end in ends:
-            if not end.ring.closing:
-                end.fail(self._failure)
+        for guest in self._guests:
+            if guest.admitted and guest.end is not None and not guest.end.ring.closing:
+                guest.end.fail(self._failure)  # who was refused may be reading why
 
     # Who comes and goes.
 

@@ -1,8 +1,8 @@
 """The thread that keeps a fleet's producers: starts them, notices deaths and hangs, replaces and ends them."""
 
 import logging
-import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +18,23 @@ from streamaug.stream.ring import FAILED, READY, STARTING, Ring
 log = logging.getLogger("streamaug")
 
 _LOOK_SECONDS = 0.25  # how often it looks when nothing wakes it
+_LATCH_SECONDS = 0.001
+_LAST_SECONDS = 1.0  # what its thread gets to go, once all is done
+
+
+class Latch:
+    """Set once. A signal handler may wait for it in the middle of whatever it interrupted, also of a wait for it:
+    `threading.Event` has a lock, which the one would hold and the other need."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def set(self) -> None:
+        self.is_set = True
+
+    def wait(self) -> None:
+        while not self.is_set:
+            time.sleep(_LATCH_SECONDS)
 
 
 @dataclass
@@ -53,27 +70,32 @@ class Keeper:
         `stop` has returned. give_up: called in the thread, more than once, while there is a failure."""
         self.failure: StreamaugError | None = None
         self.restarts = 0
-        self.spawned = threading.Event()  # every producer was started once
+        self.spawned = Latch()  # every producer was started once, or none will be
         self._config = config
         self._watches = watches
         self._finish = finish
         self._give_up = give_up
         self._closed = False
-        self._ended = threading.Event()
+        self._ended = Latch()
         self._rest: Callable[[], None] | None = None
-        self._stir: tuple[int, int] | None = os.pipe()  # what is written there wakes it
-        self._thread = threading.Thread(target=self._run, name="streamaug-keeper", daemon=True)
+        self._stirred, self._stir = socket.socketpair()  # what is sent there wakes it
+        # Whose it is to keep the producers, settled at once and for good: a thread's, or nobody's when there was none
+        # before the end. Whether one that is being started will run is not known when that is interrupted.
+        self._keeping: dict[str, threading.Thread | None] = {}
 
     def start(self) -> None:
-        """Raises RuntimeError when the system has no thread left."""
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self.release()
-            raise
+        """Does nothing when it runs already; may be called again when it was interrupted. Raises RuntimeError when the
+        system has no thread left."""
+        if not self._keeping:
+            threading.Thread(target=self._run, name="streamaug-keeper", daemon=True).start()
 
     def is_this_thread(self) -> bool:
-        return threading.current_thread() is self._thread
+        return self._keeping.get("by") is threading.current_thread()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all producers have, and `finish` was called."""
+        return self._ended.is_set
 
     def leave(self) -> None:
         """End all producers, soon."""
@@ -82,18 +104,19 @@ class Keeper:
     def stop(self) -> None:
         """End all producers; returns when they have ended."""
         self._closed = True
-        if self._stir is not None:
-            os.write(self._stir[1], b"!")
+        hint(self._stir)
+        thread = self._keeping.setdefault("by", None)
+        if thread is None:
+            self.spawned.set()
+            return
         self._ended.wait()
-        if self._rest is None:
-            self._thread.join()
+        if self._rest is None and not self.is_this_thread():
+            thread.join(_LAST_SECONDS)
 
     def release(self) -> None:
         """After the thread's end, or in it."""
-        if self._stir is not None:
-            for fd in self._stir:
-                os.close(fd)
-            self._stir = None
+        self._stirred.close()
+        self._stir.close()
 
     def failed(self, error: StreamaugError) -> None:
         """The first failure is for good."""
@@ -101,6 +124,9 @@ class Keeper:
             self.failure = error
 
     def _run(self) -> None:
+        here = threading.current_thread()
+        if self._keeping.setdefault("by", here) is not here:
+            return
         try:
             self._keep()
             self._end()
@@ -141,8 +167,7 @@ class Keeper:
 
     def _doze(self) -> None:
         poll = select.poll()
-        assert self._stir is not None
-        poll.register(self._stir[0], select.POLLIN)
+        poll.register(self._stirred, select.POLLIN)
         if self.failure is None:
             for watch in self._watches:
                 for fd in watch.producer.watch_fds:

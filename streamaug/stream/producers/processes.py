@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 log = logging.getLogger("streamaug")
 
@@ -141,19 +142,24 @@ def start(
     module: str, spec: Mapping[str, Any], fds: Iterable[int], environment: Mapping[str, str], output: Output
 ) -> subprocess.Popen:
     """`python -m MODULE` with the spec as JSON on its standard input, in a session of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=output.writer,
-        stderr=output.writer,
-        pass_fds=list(fds),
-        env=environment,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # a death is noticed elsewhere
+    with _unnamed_file() as stdin:  # no pipe, which holds little: it may be long before it is read, or never
         stdin.write(json.dumps(spec).encode())
-    return process
+        stdin.seek(0)
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module],
+            stdin=stdin,
+            stdout=output.writer,
+            stderr=output.writer,
+            pass_fds=list(fds),
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _unnamed_file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("streamaug-spec"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _has_exited(pid: int) -> bool:

@@ -35,32 +35,32 @@ class Sharing:
     """What the ranks of this machine agreed on: who keeps the producers that they share, and where they listen."""
 
     def __init__(self, meeting: Meeting, config: StreamConfig):
-        """Asks the process group's store, and waits for nobody. Raises UsageError when ranks want different numbers of
-        producers."""
-        producers = config.producers
         # Its first batch may compile and load for as long as starting may take.
         self.silence = max(config.hang_timeout, config.start_timeout)
-        self._sockets: list[socket.socket] = []
+        self.keeps = False
+        self._meeting = meeting
+        self._producers = config.producers
+        self._listening: list[tuple[socket.socket, str]] = []  # with their addresses
+        self._addresses: list[str] = []
+        self._keeper = ""
         self._left_behind: list[KeptHost] = []
-        addresses = []
-        try:
-            for _ in range(producers):
-                listening, address = listen()
-                self._sockets.append(listening)
-                addresses.append(address)
-            mine = {"rank": meeting.rank, "pid": os.getpid(), "addresses": addresses}
-            found = json.loads(meeting.agree(json.dumps(mine)))
-        except BaseException:
-            self.withdraw()
-            raise
+
+    def meet(self) -> None:
+        """Ask the process group's store; waits for nobody. May be called again when it was interrupted. Raises
+        UsageError when ranks want different numbers of producers."""
+        while len(self._listening) < self._producers:
+            self._listening.append(listen())
+        rank, addresses = self._meeting.rank, [address for _, address in self._listening]
+        mine = {"rank": rank, "pid": os.getpid(), "addresses": addresses}
+        found = json.loads(self._meeting.agree(json.dumps(mine)))
         self._addresses = found["addresses"]
         self.keeps = self._addresses == addresses
         self._keeper = f"rank {found['rank']} (process {found['pid']})"
         if not self.keeps:
             self.withdraw()
-        if len(self._addresses) != producers:
+        if len(self._addresses) != self._producers:
             raise UsageError(
-                f"stream.producers is {producers} on rank {meeting.rank} and {len(self._addresses)} on rank "
+                f"stream.producers is {self._producers} on rank {rank} and {len(self._addresses)} on rank "
                 f"{found['rank']}, which keeps the producers they share: give all ranks of a machine the same"
             )
 
@@ -68,7 +68,7 @@ class Sharing:
         return SharedProducer(lane, work, self, at)
 
     def listening(self, at: int) -> socket.socket:
-        return self._sockets[at]
+        return self._listening[at][0]
 
     def connect(self, at: int) -> socket.socket:
         """Raises ProducerError when nobody keeps the producer any more."""
@@ -88,14 +88,14 @@ class Sharing:
 
     def withdraw(self) -> None:
         """Let nobody in any more: those who wait are sent away, and hosts end with the last one whom they serve."""
-        for listening in self._sockets:
+        for listening, _ in self._listening:
             with contextlib.suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 while True:
                     listening.accept()[0].close()
             listening.close()
-        self._sockets = []
+        self._listening = []
 
     def leave_behind(self, host: "KeptHost") -> None:
         """It goes on for the other ranks, and ends with the last of them."""

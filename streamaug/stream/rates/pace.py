@@ -60,22 +60,23 @@ class Demand:
     @property
     def per_second(self) -> float | None:
         """Images a second; None before a few calls of take."""
-        if len(self._calls) < _FEW:
+        calls = list(self._calls)  # a loop may go on while another thread asks
+        if len(calls) < _FEW:
             return None
-        pauses = sorted(own for own, *_ in self._calls)
+        pauses = sorted(own for own, *_ in calls)
         usual = pauses[: len(pauses) - len(pauses) // _RARE]
-        wanted = sum(wanted for *_, wanted, _ in self._calls) / len(self._calls)
+        wanted = sum(wanted for *_, wanted, _ in calls) / len(calls)
         return wanted * len(usual) / max(sum(usual), 1e-9)
 
     @property
     def seconds(self) -> float:
         """What the calls that count took, with the loop's own time between them."""
-        return sum(own + waited for own, waited, *_ in self._calls)
+        return sum(own + waited for own, waited, *_ in list(self._calls))
 
     def pace(self, supply: float, ratio: float | None) -> Pace:
         """Against so many images a second. Needs `per_second`."""
-        demand, wanted = self.per_second, sum(wanted for *_, wanted, _ in self._calls)
+        demand, calls = self.per_second, list(self._calls)
         assert demand is not None
-        waiting = sum(waited for _, waited, *_ in self._calls) / max(self.seconds, 1e-9)
-        missing = 1 - sum(fresh for *_, fresh in self._calls) / wanted
+        waiting = sum(waited for _, waited, *_ in calls) / max(self.seconds, 1e-9)
+        missing = 1 - sum(fresh for *_, fresh in calls) / sum(wanted for *_, wanted, _ in calls)
         return Pace(supply, demand, waiting, missing, ratio)

@@ -78,9 +78,9 @@ class Memory:
 
     def close(self) -> None:
         """Give the descriptor back; the mapping goes when the last array that looks into it goes."""
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        fd, self.fd = self.fd, None  # first: who calls again after an interruption does not close another's
+        if fd is not None:
+            os.close(fd)
         self.view = memoryview(b"")
         with contextlib.suppress(BufferError):
             self._map.close()

@@ -72,9 +72,9 @@ class PinnedImages:
         return {"kind": "pinned", "required": self._required}
 
     def close(self) -> None:
-        if self._address is not None and self._cuda is not None:
-            self._cuda.unregister(self._address)
-            self._address = None
+        address, self._address = self._address, None
+        if address is not None and self._cuda is not None:
+            self._cuda.unregister(address)
 
 
 class DeviceImages:
