@@ -242,10 +242,10 @@ def few(names: Iterable[str]) -> str:
     return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
 
 
-def no_such(path: Path, layout: str) -> DataError:
-    """The error for a path that is not there, with the nearest one that is; `layout` says what is expected."""
-    siblings = os.listdir(path.parent) if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
-    return DataError(f"{path}: no such folder{nearest(path.name, siblings)}; {layout}")
+def no_such(root: Path, layout: str) -> DataError:
+    """The error for a data.root that is not there, with the nearest one that is; `layout` says what is expected."""
+    siblings = os.listdir(root.parent) if os.access(root.parent, os.R_OK) and root.parent.is_dir() else []
+    return DataError(f"data.root {root}: no such folder{nearest(root.name, siblings)}; {layout}")
 
 
 def visible(folder: Path) -> list[Path]:

@@ -438,7 +438,7 @@ class Stream:
                 "cannot use it"
             )
         if self._fleet.closed:
-            raise StreamaugError("the stream was closed")
+            raise StreamaugError("the stream was closed; build a new one, and load_state_dict(...) its state to go on")
 
 
 def _backend(config: StreamConfig, device: str) -> str:
