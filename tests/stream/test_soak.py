@@ -15,7 +15,7 @@ import pytest
 
 from streamaug.stream.footprint import footprint, memory_mb
 
-from .fakes import images_of, listed, make_stream, running, undisturbed, until
+from .fakes import images_of, listed, make_stream, producers_of, running, undisturbed, until
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
@@ -43,7 +43,7 @@ class Watched:
         self.samples: list[tuple[float, float]] = []
 
     def look(self) -> None:
-        self.samples.append((memory_mb(), memory_mb(self.stream.producer_pids[0])))
+        self.samples.append((memory_mb(), memory_mb(producers_of(self.stream)[0])))
 
     def growth(self) -> dict[str, float]:
         """MB: the median of the last quarter less that of the first, for each."""
@@ -68,7 +68,7 @@ def test_a_hundred_kills_at_random_moments_deliver_the_same_images(figures):
             for _ in range(int(rng.integers(1, 12))):
                 images += images_of(stream.take(int(rng.integers(1, 20))))
             time.sleep(rng.uniform(0, 0.02))
-            restarts, pid = stream.stats().restarts, int(rng.choice(stream.producer_pids))
+            restarts, pid = stream.stats().restarts, int(rng.choice(producers_of(stream, 2)))
             os.kill(pid, signal.SIGKILL)
             noticed.append(until(lambda restarts=restarts: stream.stats().restarts > restarts))
         images += listed(stream, [500])
@@ -158,7 +158,7 @@ def test_a_hundred_openings_leave_nothing(figures):
         began = time.monotonic()
         with make_stream(producers=1 + cycle % 3, memory=("memfd", "shm", "file")[cycle % 3]) as stream:
             stream.take(9)
-            pids = stream.producer_pids
+            pids = producers_of(stream, 1 + cycle % 3)
         seconds.append(time.monotonic() - began)
         until(lambda pids=pids: not any(running(pid) for pid in pids), 2)
         memory.append(memory_mb())
